@@ -1,0 +1,85 @@
+"""Settings: typed sections that people write in YAML, and where Maple keeps its things.
+
+A section rejects unknown keys and names the nearest known one. Defaults live beside their owner: a model's
+``Config`` is in the model's file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from maple.errors import ConfigError, unknown_name
+
+MAX_YAML_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, unknown keys rejected with a near-match hint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """The section built from plain values, or a ``ConfigError`` that names ``where``, the key, and the nearest known key."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_explain(cls, error)}") from None
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-ready values, the inverse of ``parse``."""
+        return self.model_dump(mode="json")
+
+    def with_(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return type(self).parse({**self.plain(), **changes}, type(self).__name__)
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            owner: Any = cls
+            for part in problem["loc"][:-1]:
+                field = getattr(owner, "model_fields", {}).get(part)
+                owner = field.annotation if field is not None else None
+            known = getattr(owner, "model_fields", {})
+            lines.append(unknown_name("setting", path, known) if known else f"unknown setting {path!r}")
+        else:
+            lines.append(f"{path or 'value'}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file (safe loader, at most 1 MiB, no aliases); a ``ConfigError`` says what is wrong with it."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror or error}. Check the path.") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: a settings file may have at most {MAX_YAML_BYTES} bytes, this one has {len(raw)}")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{path}: YAML aliases (*name) are not accepted in settings; write the value out")
+        values = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
+    return values
+
+
+def maple_home() -> str:
+    """The folder or URI that holds everything Maple writes: ``MAPLE_HOME``, or ``.maple`` in the current folder."""
+    return os.environ.get("MAPLE_HOME") or str(Path(".maple").absolute())
