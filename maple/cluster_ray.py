@@ -182,18 +182,17 @@ def _await_start(cluster: LocalCluster, patience_s: float = 90.0) -> None:
 
 
 def _end(cluster: LocalCluster) -> None:
-    """End one cluster by its own process session, gently first."""
+    """End one cluster, gently first, then whatever is left of its own process session."""
     process = cluster.process
     if process is None:
         return
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            break
+    # Only the head process gets the first signal: it drains the node and ends its children; signalling them too makes it wait.
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     if cluster.temp_dir is not None:
         shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
