@@ -153,7 +153,9 @@ def releases() -> None:
 @cli.command()
 @config_option
 @set_option
-@click.option("--placement", type=click.Choice(["fused", "split"]), default=None, help="Stages in one replica, or in deployments of their own.")
+@click.option(
+    "--placement", type=click.Choice(["fused", "split"]), default=None, help="Stages in one replica, or in deployments of their own."
+)
 @click.option("--port", type=int, default=None, help="HTTP port on 127.0.0.1; 0 chooses a free one.")
 def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | None, port: int | None) -> None:
     """Serve the champion on Ray Serve until Ctrl-C."""

@@ -40,8 +40,14 @@ def test_vocab_does_not_depend_on_order_and_unknown_is_minus_one() -> None:
     assert vocab.decode(vocab.encode(["日本", "a"])) == ["日本", "a"]
 
 
-@given(st.lists(EVENT, min_size=1, max_size=30), st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 8)), min_size=1, max_size=8), st.integers(1, 5))
-def test_histories_are_the_last_events_strictly_before(rows: list[tuple[str, str, str, int]], asked: list[tuple[int, int]], limit: int) -> None:
+@given(
+    st.lists(EVENT, min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 8)), min_size=1, max_size=8),
+    st.integers(1, 5),
+)
+def test_histories_are_the_last_events_strictly_before(
+    rows: list[tuple[str, str, str, int]], asked: list[tuple[int, int]], limit: int
+) -> None:
     data = Dataset.from_tables(events_table(rows))
     users = np.array([min(user, len(data.users) - 1) for user, _ in asked], dtype=np.int32)
     times = np.array([time for _, time in asked], dtype=np.int64)

@@ -25,7 +25,10 @@ from maple.schema import EVENTS, check_id, conform, legal_ids
 
 def test_hash_does_not_depend_on_the_process() -> None:
     code = "from maple.hashing import stable_hash; print(stable_hash('salt', 'ünïcode', '7'))"
-    seen = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed}, check=True).stdout for seed in ("1", "2")}
+    seen = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed}, check=True).stdout
+        for seed in ("1", "2")
+    }
     assert seen == {f"{stable_hash('salt', 'ünïcode', '7')}\n"}
 
 
@@ -98,7 +101,12 @@ def test_unknown_setting_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("a: &x 1\nb: *x", "aliases"), ("a: !!python/object/apply:os.getcwd []", "not valid YAML")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected a mapping"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "s.yaml").write_text(text)
