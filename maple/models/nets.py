@@ -53,7 +53,7 @@ class DCN(nn.Module):
         self.stacked = stacked
         self.table = nn.Embedding(table_rows, embedding) if num_codes else None
         if self.table is not None:
-            nn.init.normal_(self.table.weight, std=0.05)
+            nn.init.normal_(self.table.weight, std=0.2)
         self.cross = nn.ModuleList(CrossLayer(width, rank) for _ in range(cross_layers))
         self.deep = MLP(width, deep, dropout=dropout) if deep else None
         deep_width = deep[-1] if deep else 0

@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_repeated(data: tuple[np.ndarray, np.ndarray], tmp
     place = Place.at(tmp_path / "run")
     expected = run(data, place)
     model = Line()
-    again = train(model, 3, data, SETTINGS, FitContext(seed=1), name="line", validate=lambda net: {"fit": 0.0}, watch="fit", checkpoint=place)
+    again = train(model, 3, data, SETTINGS, FitContext(seed=1), name="line", checkpoint=place)
     assert model.drawn == 0
     assert np.array_equal(weights(again.net), expected)
 
