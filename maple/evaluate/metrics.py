@@ -81,9 +81,7 @@ def hit_matrix(lists: Int32, relevant_offsets: Int64, relevant_items: Int32) -> 
     return np.asarray((keys[found] == wanted) & (lists >= 0))
 
 
-def ranking_metrics(
-    lists: Int32, relevant_offsets: Int64, relevant_items: Int32, ks: Sequence[int] = (5, 10, 20)
-) -> dict[str, Float64]:
+def ranking_metrics(lists: Int32, relevant_offsets: Int64, relevant_items: Int32, ks: Sequence[int] = (5, 10, 20)) -> dict[str, Float64]:
     """Every accuracy metric of this file's docstring at every k, per user: ``{"ndcg@10": float64[B], ...}``.
 
     ``lists`` int32[B, K], best first, K >= max(ks). ``DataError`` where lists or relevant items are not as described above.

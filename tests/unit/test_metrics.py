@@ -128,9 +128,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_sign_flips_reject_as_often_as_they_say_and_see_a_real_difference() -> None:
-    rejected = sum(
-        bool(sign_flip_p(rng(run, "null").normal(size=(60, 1)), 199, run, "flip")[0] <= 0.05) for run in range(200)
-    )
+    rejected = sum(bool(sign_flip_p(rng(run, "null").normal(size=(60, 1)), 199, run, "flip")[0] <= 0.05) for run in range(200))
     assert 2 <= rejected <= 21  # 99.9 % binomial band around 5 % of 200
     shifted = rng(0, "shift").normal(0.8, 1.0, size=(60, 1))
     assert sign_flip_p(shifted, 999, 0, "flip")[0] == 0.001
