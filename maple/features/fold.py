@@ -1,0 +1,151 @@
+"""The one compiled step that folds an event into a state, and the three loops around it.
+
+A state is float64[W]; every slot has an op and perhaps a half-life, and the whole row has one ``last`` time. ``step`` folds
+one event. ``scan`` runs it over a sorted log and hands out the state that each request saw (offline, point in time);
+``fold`` runs it over rows of a state matrix (the online store); ``trace`` keeps the state after every row (item timelines).
+Arrays only, so numba compiles each once and keeps the machine code on disk.
+
+Legend: N events, R requests, K keys, W slots. Times are int64 microseconds, half-lives float64 microseconds (0 = no decay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from maple.data.dataset import Int8, Int64
+
+Float64: TypeAlias = npt.NDArray[np.float64]
+
+#: The ``last`` of a state that has seen no event.
+NEVER: int = int(np.iinfo(np.int64).min)
+DAY: int = 86_400_000_000
+
+
+class Op(IntEnum):
+    """What a slot does with a contribution x; NaN always leaves the slot as it is (decay goes on)."""
+
+    SUM = 0  # s * 2^(-dt / half_life) + x
+    LAST = 1  # x
+    FIRST = 2  # x, if there was none
+    MAX = 3
+    MIN = 4
+    DISTINCT = 5  # like SUM of 1, but only where x differs from the value in the next slot, which keeps the LAST of the same x
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One number of a state: its op and half-life in days (0 = none; only SUM and DISTINCT decay)."""
+
+    op: Op
+    half_life: float = 0.0
+
+
+def layout(slots: Sequence[Slot]) -> tuple[Int8, Float64]:
+    """Ops int8[W] and half-lives float64[W] in microseconds, as the loops take them."""
+    return np.array([slot.op for slot in slots], np.int8), np.array([slot.half_life * DAY for slot in slots], np.float64)
+
+
+def initial(ops: Int8, rows: int) -> tuple[Float64, Int64]:
+    """States of keys that have seen nothing: sums 0, the rest NaN, ``last`` NEVER."""
+    empty = np.where((ops == Op.SUM) | (ops == Op.DISTINCT), 0.0, np.nan)
+    return np.tile(empty, (rows, 1)), np.full(rows, NEVER, np.int64)
+
+
+def decay(dt: npt.NDArray[np.int64], half_life: float) -> Float64:
+    """2^(-dt / half_life) with both in microseconds; 1 without a half-life, and never above 1."""
+    return np.exp2(-np.maximum(dt, 0) / half_life) if half_life > 0 else np.ones(len(dt))
+
+
+@numba.njit(cache=True, nogil=True)
+def step(state, last, x, t, ops, half_lives):  # type: ignore[no-untyped-def]  # numba types it
+    """Fold one event into ``state`` (float64[W], in place) and return its new ``last``."""
+    factor, known = 1.0, 0.0
+    for j in range(len(ops)):
+        op, h, value = ops[j], half_lives[j], x[j]
+        if op == 0 or op == 5:
+            if h > 0.0 and last != NEVER and t > last:
+                if h != known:
+                    factor, known = 2.0 ** (-(t - last) / h), h
+                state[j] *= factor
+            if not np.isnan(value):
+                if op == 0:
+                    state[j] += value
+                elif value != state[j + 1]:  # NaN differs from everything: the first counts
+                    state[j] += 1.0
+        elif not np.isnan(value):
+            held = state[j]
+            if op == 1 or np.isnan(held) or (op == 3 and value > held) or (op == 4 and value < held):
+                state[j] = value
+    return t if last == NEVER or t > last else last
+
+
+@numba.njit(cache=True, nogil=True)
+def _scan(group, time, x, request_group, request_time, ops, half_lives, empty, out, out_last):  # type: ignore[no-untyped-def]
+    n, total = 0, len(group)
+    state = empty.copy()
+    last, current = NEVER, np.int64(NEVER)
+    for r in range(len(request_group)):
+        g, t = request_group[r], request_time[r]
+        if g != current:
+            while n < total and group[n] < g:
+                n += 1
+            state[:] = empty
+            last, current = NEVER, g
+        while n < total and group[n] == g and time[n] < t:
+            last = step(state, last, x[n], time[n], ops, half_lives)
+            n += 1
+        out[r] = state
+        out_last[r] = last
+
+
+def scan(
+    group: Int64, time: Int64, x: Float64, request_group: Int64, request_time: Int64, ops: Int8, half_lives: Float64
+) -> tuple[Float64, Int64]:
+    """The state of each request's group after exactly the events with an earlier time: (float64[R, W], last int64[R]).
+
+    Events are sorted by (group, time, event order), requests by (group, time). An event at the request's own time is not seen.
+    States are as of their ``last``; readers decay them to now.
+    """
+    empty, _ = initial(ops, 1)
+    out, out_last = np.empty((len(request_group), len(ops))), np.empty(len(request_group), np.int64)
+    _scan(group, time, x, request_group, request_time, ops, half_lives, empty[0], out, out_last)
+    return out, out_last
+
+
+@numba.njit(cache=True, nogil=True)
+def _fold(rows, time, x, ops, half_lives, state, last):  # type: ignore[no-untyped-def]
+    for n in range(len(rows)):
+        k = rows[n]
+        last[k] = step(state[k], last[k], x[n], time[n], ops, half_lives)
+
+
+def fold(rows: Int64, time: Int64, x: Float64, ops: Int8, half_lives: Float64, state: Float64, last: Int64) -> None:
+    """Fold events, oldest first per row, into rows of ``state`` float64[K, W] and ``last`` int64[K], in place."""
+    _fold(rows, time, x, ops, half_lives, state, last)
+
+
+@numba.njit(cache=True, nogil=True)
+def _trace(group, time, x, ops, half_lives, empty, out):  # type: ignore[no-untyped-def]
+    state = empty.copy()
+    last = NEVER
+    for n in range(len(group)):
+        if n == 0 or group[n] != group[n - 1]:
+            state[:] = empty
+            last = NEVER
+        last = step(state, last, x[n], time[n], ops, half_lives)
+        out[n] = state
+
+
+def trace(group: Int64, time: Int64, x: Float64, ops: Int8, half_lives: Float64) -> Float64:
+    """The state after every event, float64[N, W]; events sorted by (group, time)."""
+    empty, _ = initial(ops, 1)
+    out = np.empty((len(group), len(ops)))
+    _trace(group, time, x, ops, half_lives, empty[0], out)
+    return out
