@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from maple.data.dataset import Bool, Float32, Histories, Int8, Int32, Int64, ragged_take
 from maple.errors import ServeError
@@ -28,7 +27,7 @@ from maple.models.base import Array, QueryBatch
 log = logging.getLogger("maple.recommend")
 
 Segment: TypeAlias = Literal["retrieve", "rank", "finish"]
-Ties: TypeAlias = npt.NDArray[np.float64]  # one fixed pseudo-random number per item code: ``hashing.stable_units("tie", ids)``
+Ties: TypeAlias = Int32  # one fixed pseudo-random rank per item code: ``index.tie_ranks(ids)``; of equal scores the lower comes first
 
 
 class StageError(ServeError):
@@ -300,7 +299,7 @@ def _keys(rows: Array, items: Array) -> Int64:
 
 
 def ranked(candidates: Candidates, ties: Ties | None) -> Candidates:
-    """Sorted by score in each query, best first; ties by the items' fixed numbers (their codes without any)."""
+    """Sorted by score in each query, best first; ties by the items' fixed ranks (their codes without any)."""
     tie = candidates.items if ties is None else ties[candidates.items]
     if len(candidates.offsets) == 2:
         return candidates.reorder(np.lexsort((tie, -candidates.score)))
@@ -317,7 +316,7 @@ class Pipeline:
     ``fallback`` answers when ``retrieve`` fails or is late (then nothing is ranked); when ``rank`` fails or is late the
     candidates stay in source order; ``finish`` always runs, for which ``reserve`` seconds of every deadline are kept. A
     failing stage of ``finish`` is skipped unless it is essential. ``explain`` runs on the final slates only. ``ties``
-    float64[items] break equal scores. ``source_names`` gives the meaning of column ``source``.
+    int32[items] break equal scores. ``source_names`` gives the meaning of column ``source``.
     """
 
     retrieve: tuple[Stage, ...]

@@ -110,21 +110,22 @@ class PipelineSettings(Section):
         return PipelineSettings.parse(read_yaml(path), str(path))
 
 
+# Listed by how much their reason tells a user: where two sources propose an item equally high, the first one explains it.
 DEFAULTS: Mapping[str, Any] = {
     "sources": [
-        {"name": "popular", "model": "popularity", "config": {"window_days": 30}, "quota": 100},
         {"name": "frequency", "model": "frequency", "quota": 200},
         {"name": "item-knn", "model": "item-knn", "quota": 200},
         {"name": "ease", "model": "ease", "quota": 200},
         {"name": "als", "model": "als", "quota": 200},
         {"name": "two-tower", "model": "two-tower", "quota": 200},
+        {"name": "popular", "model": "popularity", "config": {"window_days": 30}, "quota": 100},
     ],
     "ranker": {"model": "dcn"},
 }
 
 
 def default_settings(*, repeats: bool = True) -> PipelineSettings:
-    """Six sources (30-day popularity, personal frequency, item-kNN, EASE, ALS, two-tower) and a DCN-v2 ranker.
+    """Six sources (personal frequency, item-kNN, EASE, ALS, two-tower, 30-day popularity) and a DCN-v2 ranker.
 
     Without repeats the personal frequency source is left out: all it knows is what was bought before.
     """

@@ -1,0 +1,249 @@
+"""What may not be recommended: unavailable items, what the request excludes or does not accept, and (by setting) what was bought.
+
+``Restrictions`` is the one place that says so: sources get it as a mask before they search, the filter stages apply it
+again to what comes back, because availability changes while a request is under way, and ``Popular`` fills up under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maple.data.dataset import Bool, Float32, Int8, Int32, Int64
+from maple.errors import ServeError, unknown_name
+from maple.models.base import Array
+from maple.recommend.engine import Candidates, Query
+
+MAX_FILTER_VALUES = 1000
+
+
+class ItemColumns:
+    """The item table as arrays by code, made on first use: categorical columns as int32 codes, numeric ones as float32."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self._codes: dict[str, tuple[Int32, dict[Any, int]]] = {}
+        self._floats: dict[str, Float32] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.table.column_names if name != "item_id"]
+
+    def numeric(self, name: str) -> bool:
+        kind = self.table.schema.field(name).type
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_temporal(kind))
+
+    def codes(self, name: str) -> tuple[Int32, Mapping[Any, int]]:
+        """(code of each item's value int32[I], -1 = missing; value -> code)."""
+        if name not in self._codes:
+            encoded = self.table[name].combine_chunks().dictionary_encode()
+            if isinstance(encoded, pa.ChunkedArray):
+                encoded = encoded.combine_chunks()
+            codes = np.asarray(pc.fill_null(encoded.indices, -1)).astype(np.int32)
+            self._codes[name] = codes, {value: code for code, value in enumerate(encoded.dictionary.to_pylist())}
+        return self._codes[name]
+
+    def floats(self, name: str) -> Float32:
+        """float32[I], NaN = missing."""
+        if name not in self._floats:
+            self._floats[name] = np.asarray(self.table[name].cast(pa.float64()).fill_null(float("nan"))).astype(np.float32)
+        return self._floats[name]
+
+    def times(self, name: str) -> Int64:
+        """Microseconds int64[I] of a timestamp column, the smallest int64 = missing."""
+        column = self.table[name]
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us", tz=column.type.tz)).cast(pa.int64())
+        return np.asarray(column.cast(pa.int64()).fill_null(np.iinfo(np.int64).min))
+
+    def matches(self, name: str, accepted: Iterable[Any]) -> Bool:
+        """Whether each item's value is one of ``accepted``, bool[I]; a missing value is none of them."""
+        codes, values = self.codes(name)
+        table = np.zeros(len(values) + 1, dtype=bool)  # its last place answers for code -1
+        table[[values[value] for value in accepted if value in values]] = True
+        return table[codes]
+
+    def mask(self, filters: Mapping[str, Any]) -> Bool:
+        """Items that pass a request's filters, bool[I]: ``{column: [accepted values]}`` or ``{column: {"min": x, "max": y}}``."""
+        out = np.ones(self.table.num_rows, dtype=bool)
+        for name, wanted in filters.items():
+            self._check(name, wanted)
+            if isinstance(wanted, Mapping):
+                values = self.floats(name)
+                with np.errstate(invalid="ignore"):
+                    out &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
+            else:
+                out &= self.matches(name, wanted)
+        return out
+
+    def _check(self, name: str, wanted: Any) -> None:
+        """``ServeError`` for a filter that these items cannot answer."""
+        if name not in self.names:
+            raise ServeError(f"filters: {unknown_name('item column', name, self.names)}")
+        if isinstance(wanted, Mapping):
+            if not self.numeric(name):
+                raise ServeError(f"filters.{name}: a range needs a numeric column; give a list of accepted values")
+            if not wanted or not wanted.keys() <= {"min", "max"} or not all(isinstance(bound, int | float) for bound in wanted.values()):
+                raise ServeError(f"filters.{name}: a range is {{min: number, max: number}}, at least one of the two")
+        elif isinstance(wanted, str | bytes) or not isinstance(wanted, Sequence):
+            raise ServeError(f"filters.{name}: give a list of accepted values or a range {{min, max}}")
+        elif len(wanted) > MAX_FILTER_VALUES or not all(isinstance(value, str | bool | int | float) for value in wanted):
+            raise ServeError(f"filters.{name}: give at most {MAX_FILTER_VALUES} texts, numbers or booleans")
+
+
+class Overlay:
+    """What is available now, bool[I]. Replaced as a whole by one assignment, so readers never see half of a change."""
+
+    def __init__(self, allowed: Bool) -> None:
+        self._allowed = allowed
+
+    @staticmethod
+    def of(table: pa.Table) -> Overlay:
+        """From the catalogue: ``available`` is not false and ``stock`` is not zero or less (missing means it may be sold)."""
+        allowed = np.ones(table.num_rows, dtype=bool)
+        if "available" in table.column_names:
+            allowed &= np.asarray(table["available"].cast(pa.bool_()).fill_null(True))
+        if "stock" in table.column_names:
+            allowed &= np.asarray(pc.fill_null(pc.greater(table["stock"], 0), True))
+        return Overlay(allowed)
+
+    @property
+    def allowed(self) -> Bool:
+        return self._allowed
+
+    def replace(self, allowed: Bool) -> None:
+        """From now on ``allowed`` bool[I] holds; the caller gives the array away."""
+        assert allowed.shape == self._allowed.shape, "an overlay has one flag per item"
+        self._allowed = allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Restrictions:
+    """Which items a query may get. ``bought``: event codes that count as bought where ``repeats`` is false."""
+
+    columns: ItemColumns
+    overlay: Overlay
+    repeats: bool
+    bought: Int8
+
+    def allowed(self, filters: Mapping[str, Any]) -> Bool:
+        """Items that may be shown under a request's filters, bool[I]."""
+        allowed = self.overlay.allowed
+        return allowed & self.columns.mask(filters) if filters else allowed
+
+    def owned(self, query: Query) -> Int32:
+        """Items that the query's user has bought and must not get again; empty where repeats are allowed."""
+        return np.empty(0, np.int32) if self.repeats else query.items[np.isin(query.events, self.bought)]
+
+    def excluded(self, query: Query) -> Int32:
+        """All items that the query must not get, request excludes and owned ones; may hold -1 and repeats."""
+        return np.concatenate([query.exclude, self.owned(query)]).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Filter:
+    """A stage that keeps what ``passes`` says, bool over one query's items, and drops the rest for ``reason``."""
+
+    name: str
+    reason: str
+    passes: Callable[[Query, Int32], Bool | None]  # None = all pass
+    adds: bool = False
+    essential: bool = True
+
+    def __call__(self, queries: Sequence[Query], candidates: Candidates) -> Candidates:
+        keep = np.ones(len(candidates), dtype=bool)
+        for row, query in enumerate(queries):
+            part = slice(candidates.offsets[row], candidates.offsets[row + 1])
+            passed = self.passes(query, candidates.items[part])
+            if passed is not None:
+                keep[part] = passed
+        return candidates.keep(keep, self.name, self.reason)
+
+
+def filters(limits: Restrictions) -> tuple[Filter, ...]:
+    """The filter stages: availability, request excludes, already bought, request filters."""
+
+    def available(query: Query, items: Int32) -> Bool:
+        return limits.overlay.allowed[items]
+
+    def not_excluded(query: Query, items: Int32) -> Bool | None:
+        return ~np.isin(items, query.exclude) if len(query.exclude) else None
+
+    def not_owned(query: Query, items: Int32) -> Bool | None:
+        owned = limits.owned(query)
+        return ~np.isin(items, owned) if len(owned) else None
+
+    def accepted(query: Query, items: Int32) -> Bool | None:
+        return limits.columns.mask(query.filters)[items] if query.filters else None
+
+    return (
+        Filter("available", "not available", available),
+        Filter("excluded", "excluded by the request", not_excluded),
+        Filter("bought", "already bought", not_owned),
+        Filter("filters", "does not match the request's filters", accepted),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Popular:
+    """Fill each query up to its k (at least ``least``) with popular items under its restrictions: the fallback, and the backfill.
+
+    ``order`` int32[M]: item codes, most popular first. Added items score below all others; their column ``source`` is ``code``,
+    other columns are NaN or -1.
+    """
+
+    order: Int32
+    limits: Restrictions
+    code: int
+    least: int = 1
+    name: str = "popular fill"
+    adds: bool = True
+    essential: bool = False
+
+    def __call__(self, queries: Sequence[Query], candidates: Candidates) -> Candidates:
+        sizes = np.diff(candidates.offsets)
+        wanted = np.array([max(query.k, self.least) for query in queries], dtype=np.int64)
+        short = np.flatnonzero(sizes < wanted).tolist()
+        if not short:
+            return candidates
+        added = {row: self._fill(queries[row], candidates, row, int(wanted[row] - sizes[row])) for row in short}
+        blank = np.empty(0, np.int32)
+        extra = np.array([len(added.get(row, blank)) for row in range(len(queries))], dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(sizes + extra)]).astype(np.int64)
+        old = np.arange(len(candidates)) + np.repeat(np.cumsum(extra) - extra, sizes)
+        new = np.setdiff1d(np.arange(offsets[-1]), old, assume_unique=True)
+
+        def spread(column: Array, values: Array | float) -> Array:
+            out = np.empty(offsets[-1], dtype=column.dtype)
+            out[old], out[new] = column, values
+            return out
+
+        columns = {name: spread(column, np.nan if column.dtype.kind == "f" else -1) for name, column in candidates.columns.items()}
+        source = candidates.columns.get("source", np.full(len(candidates), -1, np.int32))
+        columns["source"] = spread(source, self.code)
+        scores = [self._below(candidates.score[candidates.offsets[row] : candidates.offsets[row + 1]], int(extra[row])) for row in short]
+        return Candidates(
+            offsets,
+            spread(candidates.items, np.concatenate([added[row] for row in short])),
+            spread(candidates.score, np.concatenate(scores)),
+            columns, candidates.dropped, candidates.degraded,
+        )  # fmt: skip
+
+    def _fill(self, query: Query, candidates: Candidates, row: int, count: int) -> Int32:
+        part = slice(candidates.offsets[row], candidates.offsets[row + 1])
+        # What an earlier stage dropped for this query stays out, whatever its reason.
+        gone = [chunk.items[chunk.rows == row] for chunk in candidates.dropped]
+        open_ = self.limits.allowed(query.filters).copy()
+        out = np.concatenate([self.limits.excluded(query), candidates.items[part], *gone])
+        open_[out[out >= 0]] = False
+        return self.order[open_[self.order]][:count]
+
+    @staticmethod
+    def _below(scores: Float32, count: int) -> Float32:
+        lowest = float(scores.min()) if len(scores) else 1.0
+        return (lowest - max(abs(lowest), 1e-3) * 1e-3 * np.arange(1, count + 1)).astype(np.float32)
