@@ -257,6 +257,10 @@ class Plan:
             raise ConfigError(f"a search needs at least one trial, found {self.random_trials} random and {self.tpe_trials} TPE trials")
         if self.mode not in ("max", "min"):
             raise ConfigError(f"mode must be max or min, found {self.mode!r}")
+        names = {dimension.name for dimension in self.space.dimensions}
+        for config in self.given:
+            if set(config) != names:
+                raise ConfigError(f"a given configuration must set exactly {', '.join(sorted(names))}; it sets {', '.join(sorted(config))}")
 
     @property
     def total(self) -> int:
@@ -272,7 +276,7 @@ class Plan:
         """The configuration of trial ``number``: a function of the plan, ``number`` and the other trials alone."""
         phase = self.phase(number)
         if phase == "given":
-            return dict(self.given[number])
+            return dict(json.loads(json.dumps(self.given[number])))
         if phase == "random":
             return self.space.sample(rng(self.seed, f"search/{number}"))
         return _tpe(self, number, [trial for trial in trials if trial.number != number])
