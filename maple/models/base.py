@@ -20,6 +20,10 @@ Array: TypeAlias = npt.NDArray[Any]
 State: TypeAlias = dict[str, Array]
 Metrics: TypeAlias = dict[str, float]
 
+#: What a search may try: field -> ("log", low, high) | ("uniform", low, high) | ("int", low, high) | ("choice", [values]).
+#: A model's ``Config`` that can be searched has a classmethod ``search_space() -> SearchSpace``.
+SearchSpace: TypeAlias = dict[str, tuple[Any, ...]]
+
 
 class Need(StrEnum):
     """What a model needs from the data or the caller beyond a history."""
