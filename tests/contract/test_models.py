@@ -24,7 +24,7 @@ class TestPopularity(RetrieverSuite):
 
 
 class TestDecayedPopularity(TestPopularity):
-    config = PopularityConfig(window_days=None, half_life_days=0.1, weighting='signals')
+    config = PopularityConfig(window_days=None, half_life_days=0.1, weighting="signals")
 
 
 class TestFrequency(RetrieverSuite):
@@ -42,17 +42,17 @@ class TestItemKnnCosine(RetrieverSuite):
 
 class TestItemKnnTfidfWithShrink(RetrieverSuite):
     model = ItemKnn
-    config = ItemKnnConfig(similarity='tfidf', shrink=2.0, binary=False)
+    config = ItemKnnConfig(similarity="tfidf", shrink=2.0, binary=False)
 
 
 class TestItemKnnBm25(RetrieverSuite):
     model = ItemKnn
-    config = ItemKnnConfig(similarity='bm25')
+    config = ItemKnnConfig(similarity="bm25")
 
 
 class TestRp3Beta(RetrieverSuite):
     model = ItemKnn
-    config = ItemKnnConfig(similarity='rp3beta', beta=0.4, recency=0.9)
+    config = ItemKnnConfig(similarity="rp3beta", beta=0.4, recency=0.9)
 
 
 class TestEase(RetrieverSuite):
@@ -77,7 +77,7 @@ class TestAlsWithLongHistoriesForItsSize(RetrieverSuite):
 
 class TestAlsSearchedByFaiss(RetrieverSuite):
     model = Als
-    config = AlsConfig(factors=4, regularization=5.0, iterations=10, index=IndexConfig(kind='flat'))
+    config = AlsConfig(factors=4, regularization=5.0, iterations=10, index=IndexConfig(kind="flat"))
 
 
 def test_a_wrong_name_gets_a_hint():
@@ -94,6 +94,5 @@ def test_names_lead_to_models(name):
 
 def test_models_without_torch_do_not_import_it():
     names = [name for name in MODELS if name != "two-tower"]
-    code = f"import sys; from maple.index import IndexConfig
-from maple.models.catalog import model_class; [model_class(n) for n in {names}]; assert 'torch' not in sys.modules"
+    code = f"import sys; from maple.models.catalog import model_class; [model_class(n) for n in {names}]; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
