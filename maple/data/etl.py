@@ -35,7 +35,7 @@ def bucket_of(user_ids: pa.Array | pa.ChunkedArray, num_buckets: int) -> npt.NDA
     assert num_buckets & (num_buckets - 1) == 0, "the number of buckets is a power of two"
     coded = _one(user_ids).dictionary_encode()
     of_id = np.fromiter((stable_hash("bucket", text) & (num_buckets - 1) for text in coded.dictionary.to_pylist()), np.int32)
-    return of_id[np.asarray(coded.indices)]
+    return np.asarray(of_id[np.asarray(coded.indices)])
 
 
 def num_buckets_for(rows: int, rows_per_bucket: int) -> int:
@@ -44,7 +44,10 @@ def num_buckets_for(rows: int, rows_per_bucket: int) -> int:
 
 
 def content_ids(table: pa.Table) -> pa.Array:
-    """An id of 24 hex digits for each row, of its content alone: equal rows get equal ids, wherever they lie. Columns by name; ``_...`` ignored."""
+    """An id of 24 hex digits for each row, of its content alone: equal rows get equal ids, wherever they lie.
+
+    Columns by name; ``_...`` ignored.
+    """
     lanes = tuple(np.zeros(table.num_rows, np.uint64) for _ in LANES)
     for name in sorted(table.column_names):
         if name.startswith("_") or name == "event_id":
@@ -85,7 +88,7 @@ def numbered(table: pa.Table) -> pa.Table:
 
 
 def spread_orders(table: pa.Table, clock: Clock) -> pa.Table:
-    """Times for data without a clock: each user's distinct places spread evenly over the clock's span, in order; equal places stay equal."""
+    """Times for data without a clock: each user's distinct places spread evenly over the clock's span; equal ones stay equal."""
     user, time = _ranks(table["user_id"]), _times(table)
     order = np.lexsort((time, user))
     changed = np.diff(user[order], prepend=-1) != 0
@@ -102,7 +105,10 @@ def spread_orders(table: pa.Table, clock: Clock) -> pa.Table:
 
 
 def sessionise(table: pa.Table, gap_minutes: float) -> pa.Table:
-    """A ``session_id`` for the events that have none: a user's events less than a gap apart share one. Named by user and start, so it is stable."""
+    """A ``session_id`` for the events that have none: a user's events less than a gap apart share one.
+
+    Named by user and start, so it is stable.
+    """
     missing = np.asarray(pc.is_null(_one(table["session_id"])).to_numpy(zero_copy_only=False))
     if not missing.any():
         return table
@@ -129,7 +135,10 @@ def in_order(table: pa.Table) -> pa.Table:
 
 
 def item_facts(events: pa.Table, how: ItemsFromEvents, targets: Sequence[str]) -> pa.Table:
-    """Mergeable counts of clean events: rows of (item_id, fact, text, number, count). ``count`` adds up; ``first`` rows take the minimum number."""
+    """Mergeable counts of clean events: rows of (item_id, fact, text, number, count).
+
+    ``count`` adds up; ``first`` rows take the minimum number.
+    """
     parts = [_facts("first", events.group_by("item_id").aggregate([("timestamp", "min")]), number="timestamp_min")]
     for target, column in how.texts.items():
         text = pc.utf8_trim_whitespace(_one(events[column]))
@@ -174,7 +183,7 @@ def merge_facts(parts: Iterable[pa.Table]) -> pa.Table:
 
 
 def item_table(facts: pa.Table, how: ItemsFromEvents, catalogue: pa.Table | None) -> pa.Table:
-    """The ITEMS table by item id: the catalogue's rows, then what the facts add where it says nothing, and items that only the events know."""
+    """The ITEMS table by item id: the catalogue's rows, filled from the facts where they say nothing, and items only the events know."""
     base = conform(catalogue if catalogue is not None else pa.table({"item_id": pa.array([], pa.string())}), ITEMS, "the item table")
     seen = facts.filter(pc.equal(facts["fact"], "first"))
     vocab = Vocab.of(pa.chunked_array(base["item_id"].chunks + seen["item_id"].chunks, pa.string()))
@@ -196,7 +205,7 @@ def item_table(facts: pa.Table, how: ItemsFromEvents, catalogue: pa.Table | None
 
 
 def last_words(texts: pa.Array, how: LastWord) -> pa.Array:
-    """The last word of letters of each text, upper case, without plural s; ``OTHER`` where fewer than ``min_items`` share it; null for null."""
+    """The last word of letters of each text, upper case, without plural s; ``OTHER`` where fewer than ``min_items`` share it."""
     word = pc.struct_field(pc.extract_regex(pc.utf8_upper(texts), r"(?P<value>\pL{2,})[^\pL]*$"), "value")
     plural = pc.and_(pc.and_(pc.ends_with(word, "S"), pc.invert(pc.ends_with(word, "SS"))), pc.greater(pc.utf8_length(word), 3))
     word = pc.if_else(plural, pc.utf8_slice_codeunits(word, 0, -1), word)
@@ -262,7 +271,7 @@ def _ranks(column: Any) -> Int64:
     rank = np.empty(len(coded.dictionary) + 1, np.int64)
     rank[np.asarray(pc.sort_indices(coded.dictionary))] = np.arange(len(coded.dictionary))
     rank[-1] = len(coded.dictionary)
-    return rank[np.asarray(coded.indices.fill_null(len(coded.dictionary)))]
+    return np.asarray(rank[np.asarray(coded.indices.fill_null(len(coded.dictionary)))])
 
 
 def _lanes(column: pa.Array) -> tuple[UInt64, UInt64]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import time
 import uuid
@@ -27,7 +28,7 @@ from maple.data.validate import (
     FILE,
     ROW,
     UNREADABLE,
-    RuleBase,
+    AnyRule,
     TableReport,
     ValidationReport,
     complete,
@@ -53,7 +54,8 @@ class Plan:
 
     source: SourceConfig
     fragments: tuple[Fragment, ...]
-    rules: tuple[RuleBase, ...]
+    schema: pa.Schema  # of the rows of every fragment
+    rules: tuple[AnyRule, ...]
     catalogue: pa.Array | None  # item ids, where a rule asks for them
     num_buckets: int
     now: int  # microseconds
@@ -112,21 +114,21 @@ def plan(
 ) -> Plan:
     """Check the event files and decide fragments, rules and buckets; raises before anything is written."""
     found = fragments(source.events, root)
-    common_schema(source.events, EVENTS, found)
+    schema = common_schema(source.events, EVENTS, found)
     rules = complete(source.events.rules, ("user_id", "item_id"), events=True)
     judged = {*EVENTS.names, *source.events.names, UNREADABLE}
     for rule in rules:
-        if rule.column not in judged:  # type: ignore[attr-defined]
+        if rule.column not in judged:
             raise ConfigError(
                 f"rule {rule_name(rule)!r} judges the column {rule.column!r}, which events do not have; keep it under `keep:`"
-            )  # type: ignore[attr-defined]
-    asks = any(rule.kind == "in_catalogue" for rule in rules)  # type: ignore[attr-defined]
+            )
+    asks = any(rule.kind == "in_catalogue" for rule in rules)
     if asks and catalogue is None:
         raise ConfigError("the rule `in_catalogue` needs an item table; declare `items:` in the source or remove the rule")
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     buckets = etl.num_buckets_for(count_rows(source.events, found), rows_per_bucket)
     moment = int(time.time() * 1e6) if now is None else now
-    return Plan(source, tuple(found), rules, catalogue if asks else None, buckets, moment, home / "snapshots" / name)
+    return Plan(source, tuple(found), schema, rules, catalogue if asks else None, buckets, moment, home / "snapshots" / name)
 
 
 def judged_rows(plan: Plan, fragment: Fragment) -> Iterator[pa.Table]:
@@ -181,7 +183,10 @@ def tidy_quarantine(table: pa.Table) -> pa.Table:
 
 
 def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: SideTable | None, users: SideTable | None) -> Snapshot:
-    """Judge the whole, write the tables and the report, seal, and make it the latest. On an error nothing is published and the files are removed."""
+    """Judge the whole, write the tables and the report, seal, and make it the latest.
+
+    On an error nothing is published and the files are removed.
+    """
     source = plan.source
     done = sorted(results, key=lambda result: result.bucket)
     events = TableReport.merge(result.report for result in done)
@@ -224,7 +229,7 @@ def ingest_local(
         edges = np.searchsorted(bucket[order], np.arange(todo.num_buckets + 1))
         results = [
             finish_bucket(todo, number, rows.take(pa.array(order[start:stop])))
-            for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+            for number, (start, stop) in enumerate(itertools.pairwise(edges))
             if stop > start
         ]
         return publish(todo, home, results, items, users)

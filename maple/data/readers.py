@@ -41,7 +41,10 @@ Raw: TypeAlias = tuple[pa.Table, "np.ndarray[Any, Any]", list[tuple[int, str]]]
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one task reads: a file, or some row groups of a Parquet file. ``label`` is how rows name it; ``first`` the record number of its first row."""
+    """What one task reads: a file, or some row groups of a Parquet file.
+
+    ``label`` is how rows name it; ``first`` the record number of its first row.
+    """
 
     label: str
     place: Place
@@ -50,7 +53,10 @@ class Fragment:
 
 
 def fragments(table: TableSource, root: Place) -> list[Fragment]:
-    """The fragments of a table in a fixed order. Parquet files are checked here; ``DataError`` for missing, empty, unsafe or corrupt files."""
+    """The fragments of a table in a fixed order.
+
+    Parquet files are checked here; ``DataError`` for missing, empty, unsafe or corrupt files.
+    """
     out: list[Fragment] = []
     for label, place in files(table, root):
         if table.format_of(label) != "parquet":
@@ -73,7 +79,7 @@ def fragments(table: TableSource, root: Place) -> list[Fragment]:
 
 
 def read_fragment(table: TableSource, schema: pa.Schema, fragment: Fragment) -> Iterator[pa.Table]:
-    """A fragment as tables of at most about ``BATCH_ROWS`` rows: Maple's columns of ``schema`` and ``table``, then ``_unreadable``, ``_file``, ``_row``."""
+    """A fragment as tables of about ``BATCH_ROWS`` rows at most: Maple's columns, then ``_unreadable``, ``_file`` and ``_row``."""
     try:
         for raw, numbers, broken in _raw(table, fragment):
             part = shape(raw, table, schema, fragment.label)
@@ -118,7 +124,8 @@ def common_schema(table: TableSource, schema: pa.Schema, found: Sequence[Fragmen
         for one, other in zip(agreed, here, strict=True):
             if one.type != other.type:
                 raise DataError(
-                    f"column {one.name!r} is {one.type} in {first} but {other.type} in {fragment.label}; write the files with one type, or declare `types:`"
+                    f"column {one.name!r} is {one.type} in {first} but {other.type} in {fragment.label}; "
+                    "write the files with one type, or declare `types:`"
                 )
     assert agreed is not None, "a table has at least one file"
     return agreed
@@ -191,7 +198,7 @@ def columns_of(place: Place, table: TableSource | None = None) -> list[str]:
 
 
 def open_parquet(place: Place, label: str) -> pq.ParquetFile:
-    """A Parquet file, its footer first checked to hold no extension types (whose loading may run code); ``DataError`` if corrupt or unsafe."""
+    """A Parquet file whose footer declares no extension types (loading those may run code); ``DataError`` if corrupt or unsafe."""
     try:
         with place.fs.open_input_file(place.path) as handle:
             footer = _footer(handle)

@@ -163,7 +163,7 @@ class TableSource(Section):
 
 
 class LastWord(Section):
-    """A category made of a text: its last word of letters, plural s removed, upper case; ``OTHER`` where fewer than ``min_items`` share it."""
+    """A category made of a text: its last word of letters, singular, upper case; ``OTHER`` where fewer than ``min_items`` share it."""
 
     last_word_of: str = "title"
     min_items: int = Field(default=5, ge=1)
@@ -172,8 +172,8 @@ class LastWord(Section):
 class ItemsFromEvents(Section):
     """What clean events say of items: it fills what the item table leaves empty, and makes the table where there is none.
 
-    ``texts``: {item column: event column}, the most frequent non-blank text (the first in byte order of equals). ``price``: lower median unit
-    price of target events. ``created_at``: time of the first event.
+    ``texts``: {item column: event column}, the most frequent non-blank text (the first in byte order of equals).
+    ``price``: lower median unit price of target events. ``created_at``: time of the first event.
     """
 
     texts: dict[str, str] = Field(default_factory=dict)

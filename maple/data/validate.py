@@ -131,24 +131,23 @@ class Repeated(RuleBase):
     column: str
 
 
-Rule: TypeAlias = Annotated[
-    Pattern | Range | Required | LegalId | InCatalogue | Future | KnownEvent | Unreadable | Repeated, Field(discriminator="kind")
-]
-Rules: TypeAlias = Sequence[RuleBase]
+AnyRule: TypeAlias = Pattern | Range | Required | LegalId | InCatalogue | Future | KnownEvent | Unreadable | Repeated
+Rule: TypeAlias = Annotated[AnyRule, Field(discriminator="kind")]
+Rules: TypeAlias = Sequence[AnyRule]
 
 
-def rule_name(rule: Any) -> str:
+def rule_name(rule: AnyRule) -> str:
     """The name a rule has in reports: its own, or made of kind and column."""
     return str(rule.name or (rule.kind if rule.column.startswith("_") else f"{rule.kind}:{rule.column}"))
 
 
-def complete(rules: Rules, ids: Sequence[str], *, events: bool) -> tuple[RuleBase, ...]:
+def complete(rules: Rules, ids: Sequence[str], *, events: bool) -> tuple[AnyRule, ...]:
     """Declared rules framed by the ones Maple always needs: unreadable first; then declared; then ids, time, known kinds, future.
 
     A built-in rule is left out where a declared quarantining rule of the same kind judges the same column for all events.
     """
-    declared = {(rule.kind, rule.column) for rule in rules if rule.action == "quarantine" and not rule.events}  # type: ignore[attr-defined]
-    built: list[Any] = []
+    declared = {(rule.kind, rule.column) for rule in rules if rule.action == "quarantine" and not rule.events}
+    built: list[AnyRule] = []
     for column in (*ids, *(("event", "timestamp") if events else ())):
         built.append(Required(kind="required", column=column))
     built += [LegalId(kind="legal_id", column=column) for column in ids]
@@ -165,7 +164,7 @@ def complete(rules: Rules, ids: Sequence[str], *, events: bool) -> tuple[RuleBas
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A table after its rules: ``reason`` int16[N] is the place of the rule that quarantined a row, -1 = clean; ``fired`` int64[N], one bit a rule."""
+    """A table after its rules: ``reason`` int16[N], the place of the rule that set a row aside or -1; ``fired`` int64[N], a bit a rule."""
 
     table: pa.Table
     reason: npt.NDArray[np.int16]
@@ -173,7 +172,10 @@ class Judged:
 
 
 def judge(table: pa.Table, rules: Rules, *, catalogue: pa.Array | None = None, now: int | None = None) -> Judged:
-    """Judge every row by every rule, in order. ``now`` in microseconds. Conversions change clean rows only; quarantined rows stay as they came."""
+    """Judge every row by every rule, in order. ``now`` in microseconds.
+
+    Conversions change clean rows only; quarantined rows stay as they came.
+    """
     rows = table.num_rows
     reason = np.full(rows, -1, np.int16)
     fired = np.zeros(rows, np.int64)
@@ -200,7 +202,10 @@ def judge(table: pa.Table, rules: Rules, *, catalogue: pa.Array | None = None, n
 
 @dataclass(frozen=True, eq=False)
 class Validated:
-    """``clean`` keeps the columns; ``quarantined`` has the rows as they came, with ``reason``. ``counts`` is by rule name, every rule on every row."""
+    """``clean`` keeps the columns; ``quarantined`` has the rows as they came, with ``reason``.
+
+    ``counts`` is by rule name, every rule on every row.
+    """
 
     clean: pa.Table
     quarantined: pa.Table
@@ -242,7 +247,7 @@ def count_values(column: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted((str(value), int(count)) for value, count in pairs))
 
 
-def _fires(table: pa.Table, rule: Any, catalogue: pa.Array | None, now: int | None) -> Bool:
+def _fires(table: pa.Table, rule: AnyRule, catalogue: pa.Array | None, now: int | None) -> Bool:
     if rule.column not in table.column_names:
         if rule.kind == "unreadable":
             return np.zeros(table.num_rows, np.bool_)
@@ -256,7 +261,7 @@ def _fires(table: pa.Table, rule: Any, catalogue: pa.Array | None, now: int | No
         raise ConfigError(f"rule {rule_name(rule)!r} cannot judge column {rule.column!r} of type {column.type}: {error}") from None
 
 
-def _verdict(column: pa.ChunkedArray, rule: Any, catalogue: pa.Array | None, now: int | None) -> Any:
+def _verdict(column: pa.ChunkedArray, rule: AnyRule, catalogue: pa.Array | None, now: int | None) -> Any:
     match rule:
         case Pattern():
             found = pc.match_substring_regex(column, rule.matches if rule.matches is not None else rule.lacks)
@@ -306,7 +311,7 @@ def _replace(table: pa.Table, name: str, column: Any) -> pa.Table:
 
 @dataclass(frozen=True)
 class TableReport:
-    """What happened to one table: rows in, clean and quarantined; ``reasons`` by first rule, ``rules`` by every rule; nulls of the clean rows."""
+    """What happened to one table: ``reasons`` counts quarantined rows, ``rules`` every rule on every row, ``nulls`` clean rows."""
 
     rows_in: int = 0
     rows_clean: int = 0
@@ -361,7 +366,10 @@ def table_report(clean: pa.Table, quarantined: pa.Table, rules: Mapping[str, int
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """The report of an ingestion: events, and the item and user tables where the source has them. ``items``: distinct items with clean events."""
+    """The report of an ingestion: events, and the item and user tables where the source has them.
+
+    ``items``: distinct items with clean events.
+    """
 
     source: str
     events: TableReport
@@ -388,7 +396,8 @@ class ValidationReport:
         events = self.events
         share = events.rows_quarantined / max(events.rows_in, 1)
         out = [
-            f"{self.source}: {events.rows_in:,} rows in = {events.rows_clean:,} clean + {events.rows_quarantined:,} quarantined ({share:.1%})",
+            f"{self.source}: {events.rows_in:,} rows in = {events.rows_clean:,} clean + {events.rows_quarantined:,} quarantined "
+            f"({share:.1%})",
             f"{events.users:,} users, {self.items:,} items; " + ", ".join(f"{count:,} {kind}" for kind, count in events.kinds.items()),
         ]
         out += [
@@ -408,6 +417,7 @@ def gate(report: TableReport, max_quarantined_share: float, what: str) -> None:
     share = report.rows_quarantined / report.rows_in
     if share > max_quarantined_share:
         raise DataError(
-            f"{what}: {share:.1%} of {report.rows_in:,} rows would be quarantined, more than `max_quarantined_share: {max_quarantined_share}` "
+            f"{what}: {share:.1%} of {report.rows_in:,} rows would be quarantined, more than "
+            f"`max_quarantined_share: {max_quarantined_share}` "
             f"allows ({why}). Fix the mapping or the files, or raise the limit in the source YAML."
         )
