@@ -160,7 +160,7 @@ Time: TypeAlias = Annotated[
     ),
 ]
 Text: TypeAlias = Annotated[str, Field(max_length=256)]
-Number: TypeAlias = Annotated[float, Field(ge=-1e12, le=1e12)]
+Number: TypeAlias = Annotated[float, Field(ge=-1e9, le=1e9)]
 Scalar: TypeAlias = Annotated[
     Any,
     BeforeValidator(_scalar),
@@ -177,6 +177,13 @@ class HistoryEvent(Wire):
     timestamp: Time
 
 
+class Range(Wire):
+    """Numbers from ``min`` to ``max``, both included."""
+
+    min: Number | None = None
+    max: Number | None = None
+
+
 class RecommendationRequest(Wire):
     """Who asks, and what may be answered."""
 
@@ -188,8 +195,8 @@ class RecommendationRequest(Wire):
     ] = None
     exclude: Annotated[list[Id], Field(max_length=MAX_HISTORY, description="items that may not be answered")] = []
     filters: Annotated[
-        dict[Text, Annotated[list[Scalar], Field(min_length=1, max_length=100)]],
-        Field(max_length=16, description="item column -> accepted values"),
+        dict[Text, Annotated[list[Scalar], Field(min_length=1, max_length=100)] | Range],
+        Field(max_length=16, description="item column -> accepted values, or a range of a numeric column"),
     ] = {}
     context: Annotated[Context, Field(description="anything about this request: device, page, place")] = {}
 
@@ -203,7 +210,7 @@ class EventIn(Wire):
     event_id: Id | None = None
     timestamp: Annotated[Time | None, Field(description="default: now")] = None
     value: Annotated[Number | None, Field(description="quantity of a purchase or return, stars of a rating")] = None
-    price: Annotated[Annotated[float, Field(ge=0, le=1e12)] | None, Field(description="unit price")] = None
+    price: Annotated[Annotated[float, Field(ge=0, le=1e9)] | None, Field(description="unit price")] = None
     session_id: Id | None = None
     request_id: Annotated[Id | None, Field(description="the answer that this event follows")] = None
     context: Context = {}

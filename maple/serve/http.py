@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.openapi.utils import get_openapi
@@ -38,12 +38,14 @@ from maple.serve.api import (
     Recommendations,
     RequestError,
     Similar,
+    Wire,
 )  # fmt: skip
 
 log = logging.getLogger("maple.serve")
 
 RECOMMEND_BYTES = 256 << 10
 EVENTS_BYTES = 1 << 20
+W = TypeVar("W", bound=Wire)
 _LEGAL_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -74,7 +76,7 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     @app.post("/v1/recommendations", responses=reading, openapi_extra=_body("RecommendationRequest"))
     async def recommendations(request: Request) -> Response:
         """The best items for a user. A user that nobody has seen gets what is popular."""
-        wanted = RecommendationRequest.read(await _raw_body(request, RECOMMEND_BYTES))
+        wanted = await read_request(request, RecommendationRequest, RECOMMEND_BYTES)
         return _json(await service.recommend(wanted, _call(request)))
 
     @app.get("/v1/items/{item_id:path}/similar", responses=_answers(Similar, 404, 422, 503))
@@ -95,7 +97,7 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     @app.post("/v1/events", responses=_answers(Accepted, 400, 413, 415, 422, 503), openapi_extra=_body("EventsRequest"))
     async def events(request: Request) -> Response:
         """Store events. They are durable when this answers, and the next request of that user sees them."""
-        wanted = EventsRequest.read(await _raw_body(request, EVENTS_BYTES))
+        wanted = await read_request(request, EventsRequest, EVENTS_BYTES)
         return _json(await service.events(wanted.events, _call(request)))
 
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})
@@ -109,7 +111,7 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
         """What is being served: bundle, data, models, versions."""
         return _json(service.info())
 
-    app.exception_handler(RequestError)(_refused)
+    app.exception_handler(RequestError)(refused)
     app.exception_handler(HTTPException)(_not_routed)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(Boundary, echo_request_id=echo_request_id)
@@ -170,6 +172,11 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
+async def read_request(request: Request, model: type[W], limit: int) -> W:
+    """The typed body of a request; a ``RequestError`` if it is not JSON, not of that type, or longer than ``limit`` bytes."""
+    return model.read(await _raw_body(request, limit))
+
+
 async def _raw_body(request: Request, limit: int) -> bytes:
     """The whole body, at most ``limit`` bytes, refused as soon as it is known to be longer."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -200,7 +207,8 @@ def _error(refusal: RequestError, request_id: str) -> Response:
     return _json(refusal.plain(request_id), refusal.status, headers)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def refused(request: Request, error: Exception) -> Response:
+    """The exception handler of ``RequestError``."""
     assert isinstance(error, RequestError)
     return _error(error, _call(request).request_id)
 

@@ -1,0 +1,29 @@
+"""Opening the online store that the settings name."""
+
+from __future__ import annotations
+
+from maple.artifacts import Place
+from maple.errors import ConfigError
+from maple.features.folder import Folder
+from maple.features.store import OnlineStore, SqliteStore
+from maple.serve.settings import ServeSettings
+
+
+def store_path(settings: ServeSettings) -> str:
+    """The file of an SQLite store; ``ConfigError`` where the home is remote and none is named."""
+    if settings.store.path is not None:
+        return settings.store.path
+    local = Place.at(settings.home).local
+    if local is None:
+        raise ConfigError(f"the home {settings.home} is remote: name the SQLite file (store.path) or use a Redis store (store.kind: redis)")
+    return str(local / "online.sqlite")
+
+
+def open_store(settings: ServeSettings, folder: Folder) -> OnlineStore:
+    """The store, keeping the states of a bundle's features up to date."""
+    if settings.store.kind == "redis":
+        from maple.features.store_redis import RedisStore
+
+        assert settings.store.url is not None, "the settings have checked it"
+        return RedisStore(settings.store.url, folder)
+    return SqliteStore(store_path(settings), folder)
