@@ -72,3 +72,50 @@ class DCN(nn.Module):
             x = self.deep(x) if self.stacked else torch.cat([x, self.deep(x0)], dim=1)
         out: Tensor = self.head(x)
         return out if self.wide is None else out + self.wide(x0)
+
+
+class TwoTowerNet(nn.Module):
+    """The towers: an item is the sum of its id, field and number embeddings; a user is the pooled history plus an MLP of it.
+
+    Row ``num_items`` of the id table is the id of items that were never seen.
+    """
+
+    fields_IF: Tensor
+    numbers_IP: Tensor
+
+    def __init__(
+        self, *, num_items: int, fields_IF: Tensor, numbers_IP: Tensor, width: int, pools: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.ids = nn.Embedding(num_items + 1, width)
+        nn.init.normal_(self.ids.weight, std=width**-0.5)
+        with torch.no_grad():
+            self.ids.weight[num_items] = 0
+        self.bias = nn.Embedding(num_items + 1, 1)
+        nn.init.zeros_(self.bias.weight)
+        num_fields, num_numbers = fields_IF.shape[1], numbers_IP.shape[1]
+        self.fields = nn.Embedding(int(fields_IF.max()) + 1, width) if num_fields else None
+        if self.fields is not None:
+            nn.init.normal_(self.fields.weight, std=0.3 * width**-0.5)
+        self.numbers = nn.Linear(num_numbers, width, bias=False) if num_numbers else None
+        if self.numbers is not None:
+            nn.init.normal_(self.numbers.weight, std=0.1 * width**-0.5)
+        self.register_buffer("fields_IF", fields_IF, persistent=False)
+        self.register_buffer("numbers_IP", numbers_IP, persistent=False)
+        self.user = MLP(width * pools, (hidden, width), dropout=dropout, last_relu=False) if hidden else None
+        if self.user is not None:
+            for parameter in self.user.layers[-1].parameters():
+                nn.init.zeros_(parameter)  # at first a user is the pooled history
+
+    def items(self, item_N: Tensor, row_N: Tensor) -> Tensor:
+        """Item vectors [N, D] before scaling; ``row_N`` is the id row of each item."""
+        out: Tensor = self.ids(row_N)
+        if self.fields is not None:
+            out = out + self.fields(self.fields_IF[item_N]).sum(1)
+        if self.numbers is not None:
+            out = out + self.numbers(self.numbers_IP[item_N])
+        return out
+
+    def users(self, pooled: Sequence[Tensor]) -> Tensor:
+        """User vectors [B, D] before scaling, from the pools [B, D] of the history."""
+        return pooled[0] if self.user is None else pooled[0] + self.user(torch.cat(list(pooled), dim=1))
