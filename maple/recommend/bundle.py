@@ -40,7 +40,9 @@ from maple.artifacts import (
 from maple.data.dataset import Dataset, Float32, Int32, Vocab
 from maple.errors import ArtifactError, ConfigError, MapleError, ServeError
 from maple.features.catalogue import Catalogue
+from maple.features.folder import Folder, Rows
 from maple.features.spec import FeatureSpec
+from maple.features.states import UserState
 from maple.features.ticks import StoredItems
 from maple.hashing import sha256
 from maple.index import tie_ranks
@@ -224,6 +226,11 @@ class Bundle:
         """The items as features see them; online states are folded under ``features.spec.state_digest(catalogue)``."""
         return Catalogue.from_table(self.space.items, self.space.item_table)
 
+    @cached_property
+    def folder(self) -> Folder | None:
+        """What folds events into the user states that this bundle's features read."""
+        return None if self.features is None else Folder(self.features.spec, self.catalogue)
+
     def pipeline(self, *, overlay: Overlay | None = None, observer: Observer | None = None) -> Pipeline:
         """The pipeline that serves this bundle."""
         return pipeline_of(self.parts, features=self.hydrator, overlay=overlay, observer=observer)
@@ -235,7 +242,7 @@ class Bundle:
         now: int,
         k: int = 10,
         history: Sequence[tuple[str, str, int]] = (),
-        state: Any = None,
+        state: UserState | None = None,
         exclude: Sequence[str] = (),
         filters: Mapping[str, Any] | None = None,
         context: Mapping[str, Any] | None = None,
@@ -243,11 +250,14 @@ class Bundle:
     ) -> Query:
         """A request in this bundle's codes. ``history``: (item id, event name, microseconds), any order; the last ``history_limit`` count.
 
-        Unknown items and filter values are no error; a filter on a column that the items do not have is a ``ServeError``.
+        ``state``: the user's folded features; without one they are folded from ``history``. Unknown items and filter values are no
+        error; a filter on a column that the items do not have is a ``ServeError``.
         """
         if filters:
             self.parts.item_columns.mask(filters)
         events = sorted(history, key=lambda event: event[2])[-self.settings.history_limit :]
+        if state is None and events and self.folder is not None:
+            state = _folded(self.folder, user, events)
         return Query(
             user,
             self.space.items.encode([item for item, _, _ in events]),
@@ -333,6 +343,15 @@ class Bundle:
     @property
     def _label(self) -> str:
         return (self.digest or "in memory")[:12]
+
+
+def _folded(folder: Folder, user: str, events: Sequence[tuple[str, str, int]]) -> UserState:
+    """The state after events in order of time, whose values and prices are not known."""
+    unknown = np.full(len(events), np.nan, np.float32)
+    items, names, times = zip(*events, strict=True)
+    ids = [str(place) for place in range(len(events))]
+    rows = Rows(np.array([0, len(events)], np.int64), ids, items, event_codes(names), np.array(times, np.int64), unknown, unknown)
+    return folder.advance([folder.empty(user)], rows)[0]
 
 
 def _questions(data: Dataset, popular: Int32) -> tuple[Canary, ...]:
