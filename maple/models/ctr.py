@@ -7,9 +7,9 @@ millisecond on one thread. Every member of an ensemble costs the same again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -20,7 +20,7 @@ from maple.config import Section
 from maple.data.dataset import Float32, Int32, Int64, ragged_take
 from maple.errors import DataError, NotFittedError
 from maple.hashing import rng
-from maple.models.base import Array, FitContext, Metrics, State
+from maple.models.base import Array, FitContext, Metrics, SearchSpace, State
 from maple.models.columns import Columns
 from maple.models.nn import Batch, Tensors, Training, arrays, linear, mlp, part, sigmoid
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_ROWS = 65_536
-#: A search space: field -> ("log", low, high), ("int", low, high) or ("choice", values); a dot reaches into a section.
-SearchSpace: TypeAlias = dict[str, tuple[str, float, float] | tuple[str, Sequence[object]]]
 
 
 class RankerTraining(Training):
@@ -46,19 +44,33 @@ class DCNv2Config(Section):
     """Settings of ``DCNv2``."""
 
     cross_layers: int = Field(default=2, ge=0, le=6)
-    rank: int = Field(default=32, ge=0)  # of the cross matrices; 0 = full
-    deep: tuple[int, ...] = (64, 32)  # widths of the deep tower; empty = none
-    structure: Literal["parallel", "stacked"] = "parallel"  # deep tower beside the cross layers, or on top of them
-    wide: bool = True  # a linear part beside them
-    embedding: int = Field(default=8, ge=1)  # width of a code's embedding
-    max_codes: int = Field(default=50_000, ge=1)  # rows per code column; rarer codes share the row of unknown ones
-    min_count: int = Field(default=3, ge=1)  # a code with fewer rows in training shares it too
-    code_dropout: float = Field(default=0.02, ge=0, lt=1)  # codes shown as unknown in training, so that the unknown row is trained
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # in the deep tower
-    loss: Literal["listwise", "bce"] = "listwise"  # over each query's candidates, or per row
-    blend: float = Field(default=0.0, ge=0)  # weight of the other loss, added
-    ensemble: int = Field(default=1, ge=1, le=8)  # members that differ in seed and hold-out; their logits are averaged
+    """Each raises the order of the learned products by one."""
+    rank: int = Field(default=32, ge=0)
+    """Of the cross matrices; 0 = full."""
+    deep: tuple[int, ...] = (64, 32)
+    """Widths of the deep tower; empty = none."""
+    structure: Literal["parallel", "stacked"] = "parallel"
+    """Deep tower beside the cross layers, or on top of them."""
+    wide: bool = True
+    """A linear part beside them."""
+    embedding: int = Field(default=8, ge=1)
+    """Width of a code's embedding."""
+    max_codes: int = Field(default=50_000, ge=1)
+    """Rows per code column; rarer codes share the row of unknown ones."""
+    min_count: int = Field(default=3, ge=1)
+    """A code with fewer rows in training shares it too."""
+    code_dropout: float = Field(default=0.02, ge=0, lt=1)
+    """Codes shown as unknown in training, so that the unknown row is trained."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In the deep tower."""
+    loss: Literal["listwise", "bce"] = "listwise"
+    """Over each query's candidates, or per row."""
+    blend: float = Field(default=0.0, ge=0)
+    """Weight of the other loss, added."""
+    ensemble: int = Field(default=1, ge=1, le=8)
+    """Members that differ in seed and hold-out; their logits are averaged."""
     training: RankerTraining = RankerTraining()
+    """How it is trained."""
 
     @classmethod
     def search_space(cls) -> SearchSpace:
@@ -276,8 +288,9 @@ def _check(columns: Mapping[str, Array], labels: Float32, groups: Int64) -> None
 
 
 def _fold(order: Int64, member: int, config: DCNv2Config) -> tuple[Int64, Int64]:
-    """(held out, kept) groups of one member, each sorted; nothing is held out of fewer than ten groups."""
-    count = round(len(order) * config.training.holdout) if len(order) >= 10 else 0
+    """(held out, kept) groups of one member, each sorted; fewer than ten groups would only give noise, so none are held out then."""
+    count = round(len(order) * config.training.holdout)
+    count = count if count >= 10 else 0
     start = member * count % max(len(order), 1)
     held = np.take(order, np.arange(start, start + count), mode="wrap")
     return np.sort(held), np.setdiff1d(order, held)

@@ -18,8 +18,9 @@ from maple.data.dataset import Bool, Dataset, Float32, Histories, Int32, Int64
 from maple.errors import DataError
 from maple.models.families import history_matrix
 
-#: At most so many users are validated on.
+#: At most so many users are validated on; where there would be fewer than the second, the figure would be noise and nobody is.
 VALID_USERS = 2000
+MIN_VALID_USERS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class NextExamples:
         ends = np.searchsorted(self.user, self.user[cuts], side="right")
         owner = self.user[cuts]
         first, count = np.searchsorted(owner, np.arange(num_users)), np.bincount(owner, minlength=num_users)
-        held = (rng.random(num_users) < holdout) & (count >= 2)
+        held = _enough((rng.random(num_users) < holdout) & (count >= 2))
         place = first + np.clip((0.8 * count).astype(np.int64), 1, np.maximum(count - 1, 1))
         users = np.flatnonzero(held)
         self.valid_cuts, self.valid_ends = cuts[place[users]], ends[place[users]]
@@ -133,7 +134,7 @@ class HiddenExamples:
         users, items = data.target_pairs()
         shape = (len(data.users), len(data.items))
         count = np.bincount(users, minlength=shape[0])
-        held = (rng.random(shape[0]) < holdout) & (count >= 3)
+        held = _enough((rng.random(shape[0]) < holdout) & (count >= 3))
         if held.sum() > VALID_USERS:
             held[rng.choice(np.flatnonzero(held), held.sum() - VALID_USERS, replace=False)] = False
         kept = ~(held[users] & (rng.random(len(users)) < 0.2))
@@ -171,6 +172,11 @@ class HiddenExamples:
         targets = self.valid_targets[self.valid_users]
         rows = np.repeat(np.arange(len(self.valid_users)), np.diff(targets.indptr))
         return Examples((unit(self.interest[self.valid_users]),), rows, targets.indices.astype(np.int32))
+
+
+def _enough(held: Bool) -> Bool:
+    """The held-out users, or nobody if they are too few to say anything."""
+    return held if held.sum() >= MIN_VALID_USERS else np.zeros_like(held)
 
 
 def _contains(matrix: sp.csr_matrix, rows: Int64, items: Int32) -> Bool:

@@ -33,15 +33,25 @@ class Training(Section):
     """How a network is trained; every neural model's ``Config`` has one under ``training``."""
 
     epochs: int = Field(default=20, ge=1)
-    batch_size: int = Field(default=512, ge=1)  # what one unit is, the model says: users, rows, sequences
+    """At most so many passes over the data."""
+    batch_size: int = Field(default=512, ge=1)
+    """What one unit is, the model says: users, rows, sequences."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)  # AdamW, on matrices only
-    warmup_steps: int = Field(default=100, ge=0)  # the learning rate rises linearly over these
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # over epochs, down to a tenth
-    clip_norm: float = Field(default=5.0, gt=0)  # of the whole gradient
-    patience: int = Field(default=3, ge=1)  # validations without a better one before stopping
-    holdout: float = Field(default=0.1, ge=0, le=0.5)  # part of the users or groups kept for early stopping; 0 = train all epochs
+    """AdamW's, after the warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW, on matrices only."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """The learning rate rises linearly over these."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Over epochs, down to a tenth."""
+    clip_norm: float = Field(default=5.0, gt=0)
+    """Of the whole gradient."""
+    patience: int = Field(default=3, ge=1)
+    """Validations without a better one before stopping."""
+    holdout: float = Field(default=0.1, ge=0, le=0.5)
+    """Part of the users or groups kept for early stopping; 0 = train all epochs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it trains; auto takes a GPU if torch sees one."""
 
 
 class Neural(Protocol[SizesT, DataT]):

@@ -24,7 +24,7 @@ from maple.data.dataset import Bool, Dataset, Float32, Int32, Int64
 from maple.errors import ConfigError
 from maple.hashing import rng
 from maple.index import topk_product
-from maple.models.base import Array, FitContext, Metrics, Need, QueryBatch, Space, State
+from maple.models.base import Array, FitContext, Metrics, Need, QueryBatch, SearchSpace, Space, State
 from maple.models.examples import Examples, ExampleSource, HiddenExamples, NextExamples, pool_weights
 from maple.models.families import Embedder, EmbedderConfig, take_array
 from maple.models.nn import Batch, Tensors, Training, arrays, mlp, unit_rows
@@ -43,6 +43,7 @@ class TowerTraining(Training):
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=5e-3, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
     warmup_steps: int = Field(default=50, ge=0)
 
 
@@ -72,6 +73,7 @@ class TwoTowerConfig(EmbedderConfig):
     softmax: Literal["auto", "sampled", "full"] = "auto"
     """auto: full up to ``full_below`` items."""
     full_below: int = Field(default=5000, ge=0)
+    """Up to so many items ``auto`` takes the whole catalogue."""
     negatives: int = Field(default=1024, ge=0)
     """sampled: uniform negatives beside the items of the batch, shared by it."""
     temperature: float = Field(default=0.1, gt=0)
@@ -87,6 +89,7 @@ class TwoTowerConfig(EmbedderConfig):
     item_numbers: tuple[str, ...] = ("price",)
     """Non-negative number columns of the item table, taken as logarithms; one that the table does not have is ignored."""
     training: TowerTraining = TowerTraining()
+    """How it is trained."""
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -95,11 +98,10 @@ class TwoTowerConfig(EmbedderConfig):
         return self.embedding or width, hidden if self.hidden is None else self.hidden
 
     @classmethod
-    def search_space(cls) -> dict[str, tuple[object, ...]]:
-        """What is worth tuning: field -> ("log", low, high), ("int", low, high) or ("choice", values)."""
+    def search_space(cls) -> SearchSpace:
+        """What is worth tuning."""
         return {
             "size": ("choice", ["small", "medium", "large"]),
-            "hidden": ("choice", [0, 64, 128]),
             "temperature": ("log", 0.05, 0.5),
             "recency": ("choice", [0.7, 0.9, 0.97, 1.0]),
             "horizon": ("choice", [1, 5, 10, 30]),

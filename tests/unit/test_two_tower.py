@@ -198,18 +198,17 @@ def test_a_cut_shows_the_past_and_asks_for_the_future(sequences: list[list[int]]
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_held_out_positives_never_train(seed: int) -> None:
     """Every item belongs to one user and comes once, so a held-out target that shows up in training is a leak."""
-    sequences = [list(range(10 * user, 10 * user + 10)) for user in range(12)]
-    data = dataset(sequences, 120)
+    sequences = [list(range(10 * user, 10 * user + 10)) for user in range(70)]
+    data = dataset(sequences, 700)
     rng = np.random.default_rng(seed)
     after = NextExamples(data, horizon=3, history=100, cuts_per_user=9, recency=0.9, repeats=True, holdout=0.5, rng=rng)
     hidden = HiddenExamples(data, hide=0.5, holdout=0.5, rng=rng)
     for source in (after, hidden):
         valid = source.valid()
-        if valid is None:
-            continue
+        assert valid is not None
         shown: set[int] = set()
         for _ in range(3):
             for one in source.epoch(4, rng):
