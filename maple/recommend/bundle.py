@@ -385,12 +385,10 @@ def _same_answer(stored: Canary, got: Canary) -> bool:
 
 def load(home: Place, digest: str, *, canary: bool = True) -> Bundle:
     """The bundle of a home by digest, everything checked. ``ArtifactError`` says what is missing, altered or does not fit."""
-    folder = home / "bundles" / digest
+    folder = _folder(home, digest)
     files = _verified(folder, digest)
     try:
         bundle = _build(folder, *files)
-    except ArtifactError:
-        raise
     except MapleError as error:
         raise ArtifactError(f"bundle {digest[:12]} cannot be loaded by this version of Maple: {error}") from error
     except Exception as error:
@@ -405,17 +403,16 @@ def load(home: Place, digest: str, *, canary: bool = True) -> Bundle:
 
 def cache_locally(home: Place, digest: str, cache_dir: str | Path) -> Path:
     """A local home that holds this bundle: ``home`` itself if it is local, else ``cache_dir``, filled once per node under a lock."""
+    source = _folder(home, digest)
     if home.local is not None:
         return home.local
-    cache = Place.at(Path(cache_dir))
-    target = cache / "bundles" / digest
+    target = _folder(Place.at(Path(cache_dir)), digest)
     with _locked(Path(cache_dir) / f"{digest}.lock"):
         if (target / MANIFEST).exists():
             with contextlib.suppress(ArtifactError):
                 _verified(target, digest)
                 return Path(cache_dir)
             target.delete()
-        source = home / "bundles" / digest
         manifest = _manifest(source, digest)
         entries = [write_file(target, name, read_file(source, manifest, name)) for name in sorted(manifest.files)]
         seal(target, KIND, manifest.meta, entries)
@@ -430,10 +427,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _folder(home: Place, digest: str) -> Place:
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise ArtifactError(f"{digest[:80]!r} is not a bundle digest (64 hexadecimal characters)")
+    return home / "bundles" / digest
+
+
 def _manifest(folder: Place, digest: str) -> Manifest:
     """The manifest, byte for byte as it was written."""
-    if not digest or not set(digest) <= set("0123456789abcdef"):
-        raise ArtifactError(f"{digest[:80]!r} is not a bundle digest (64 hexadecimal characters)")
     manifest = open_manifest(folder, KIND)
     if manifest.digest != digest:
         raise ArtifactError(
@@ -478,7 +479,10 @@ def _build(folder: Place, manifest: Manifest, files: Mapping[str, memoryview]) -
     for source in settings.sources:
         kind = model_class(source.model)
         config = kind.Config.parse(source.config, f"{folder.uri}/pipeline.yaml: sources.{source.name}.config")
-        sources[source.name] = kind.from_state(config, space, tensors(files[f"models/{source.name}.safetensors"]))
+        try:
+            sources[source.name] = kind.from_state(config, space, tensors(files[f"models/{source.name}.safetensors"]))
+        except MapleError as error:
+            raise ArtifactError(f"source {source.name!r}: {error}") from error
     ranker: Ranker | None = None
     if settings.ranker is not None:
         ranks = ranker_class(settings.ranker.model)
