@@ -26,6 +26,9 @@ from maple.hashing import combine
 from maple.train.registry import Run, Tracking
 from maple.train.search import Config, Halving, Mode, Plan, SearchSpace, Trial, best
 
+#: So many failures without any success end a search.
+_HOPELESS = 3
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -60,7 +63,7 @@ class Question:
             "seed": plan.seed,
             "mode": plan.mode,
             "metric": self.metric,
-            "halving": [halving.grace, halving.eta] if halving else None,
+            "halving": [halving.grace, halving.eta, halving.steps] if halving else None,
             "fingerprint": self.fingerprint,
         }
 
@@ -173,9 +176,15 @@ class Board:
         note.write(json.dumps({"run_id": run.id}).encode())
         return run
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether trials failed at the start and none was completed: then the fault is not in the configuration."""
+        ended = [trial for trial in self.trials if trial.state != "running"]
+        return len(ended) >= _HOPELESS and all(trial.state == "failed" for trial in ended)
+
     def next(self) -> Trial | None:
-        """Start the next trial; None when all have been started."""
-        if not self.left:
+        """Start the next trial; None when all have been started, or where it is hopeless."""
+        if not self.left or self.hopeless:
             return None
         number = self.left.pop(0)
         before = self._in_flight_before.get(number)

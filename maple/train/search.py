@@ -13,10 +13,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
+from maple.config import Section
 from maple.errors import ArtifactError, ConfigError, unknown_name
 from maple.hashing import rng, torch_seed
 
@@ -25,12 +26,13 @@ Mode: TypeAlias = Literal["max", "min"]
 Phase: TypeAlias = Literal["given", "random", "tpe"]
 State: TypeAlias = Literal["running", "complete", "pruned", "failed"]
 Config: TypeAlias = dict[str, Any]
+S = TypeVar("S", bound=Section)
 
 #: Fragments of setting names in the order in which tuning them pays: embedding size, learning rate, layers, regularisation.
 _FIRST: tuple[tuple[str, ...], ...] = (
     ("factor", "dim", "embedding", "size"),
     ("learning_rate", "lr"),
-    ("layer", "depth", "hidden", "cross", "width"),
+    ("layer", "deep", "depth", "hidden", "cross", "width"),
     ("regular", "decay", "dropout", "l2", "alpha"),
 )
 
@@ -120,6 +122,32 @@ class SearchSpace:
         """A random configuration."""
         return {dimension.name: dimension.sample(generator) for dimension in self.dimensions}
 
+    def current(self, section: Section) -> Config:
+        """What a section has at these settings now: say, the defaults, to be tried first. A dotted name reaches into a part."""
+        out: Config = {}
+        for dimension in self.dimensions:
+            value: Any = section.plain()
+            for part in dimension.name.split("."):
+                if not isinstance(value, dict) or part not in value:
+                    raise ConfigError(f"the search space names {dimension.name!r}, which {type(section).__name__} does not have")
+                value = value[part]
+            out[dimension.name] = value
+        return out
+
+
+def configured(section: S, config: Mapping[str, Any]) -> S:
+    """A validated copy of a section with the settings of a configuration. A dotted name reaches into a part."""
+    plain = section.plain()
+    for name, value in config.items():
+        *parents, last = name.split(".")
+        part = plain
+        for parent in parents:
+            if not isinstance(part.get(parent), dict):
+                raise ConfigError(f"the setting {name!r} to search is not in {type(section).__name__}")
+            part = part[parent]
+        part[last] = value
+    return type(section).parse(plain, type(section).__name__)
+
 
 def _importance(name: str) -> tuple[int, str]:
     for rank, fragments in enumerate(_FIRST):
@@ -202,20 +230,22 @@ def _loss(value: float, mode: Mode) -> float:
 class Halving:
     """When to stop a trial early: at steps ``grace * eta**i`` it must be among the best 1/eta of all trials that got there.
 
-    A rung judges only once eta trials have reached it, so the first few are never stopped for want of company.
+    A rung judges only once eta trials have reached it, so the first few are never stopped for want of company. ``steps`` is how many
+    a whole trial takes: there is no rung at the end, where nothing is left to save.
     """
 
     grace: int = 1
     eta: int = 3
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.grace < 1 or self.eta < 2:
-            raise ConfigError(f"early stopping needs grace >= 1 and eta >= 2, found grace {self.grace} and eta {self.eta}")
+        if self.grace < 1 or self.eta < 2 or (self.steps is not None and self.steps < 1):
+            raise ConfigError(f"early stopping needs grace >= 1, eta >= 2 and steps >= 1, found {self.grace}, {self.eta} and {self.steps}")
 
     def rungs(self, after: int, upto: int) -> list[int]:
         """The rungs in (after, upto]."""
         out, rung = [], self.grace
-        while rung <= upto:
+        while rung <= upto and (self.steps is None or rung < self.steps):
             if rung > after:
                 out.append(rung)
             rung *= self.eta

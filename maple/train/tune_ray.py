@@ -77,8 +77,9 @@ def tune(
     return load(folder)
 
 
-def _trial_body(config: Config, objective: Objective, data: Any) -> None:
-    """What a worker runs. Errors of the objective are results, so that Ray retries lost workers only."""
+def _trial(config: Config, work: list[Any]) -> None:
+    """What a worker runs. Errors of the objective, and of loading it, are results, so that Ray retries lost workers only."""
+    import ray
     from ray import tune as ray_tune
 
     number = config["number"]
@@ -87,6 +88,7 @@ def _trial_body(config: Config, objective: Objective, data: Any) -> None:
         ray_tune.report({"number": number, "step": int(step), "reported": float(value)})
 
     try:
+        objective, data = ray.get(work[0])  # nested, so that what cannot be loaded here is an error of this trial
         value = float(objective(dict(config["config"]), data, report))
     except Exception as error:
         text = str(error) if isinstance(error, MapleError) else f"{type(error).__name__}: {error}"
@@ -97,6 +99,7 @@ def _trial_body(config: Config, objective: Objective, data: Any) -> None:
 
 def _run(objective: Objective, data: Any, board: Board, *, max_concurrent: int, cpus: float, gpus: float) -> None:
     """Run what is left of a search. Ray's own files go to a scratch folder."""
+    import ray
     from ray import tune as ray_tune
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
@@ -112,8 +115,7 @@ def _run(objective: Objective, data: Any, board: Board, *, max_concurrent: int, 
             return {"number": trial.number, "config": trial.config}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            if error and trial_id in numbers:
-                board.fail(numbers[trial_id], f"the worker process was lost {_LOST_WORKER_RETRIES + 1} times (killed, or out of memory)")
+            """Nothing: ``Watch`` tells the board."""
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the board's own files are the state."""
@@ -135,25 +137,29 @@ def _run(objective: Objective, data: Any, board: Board, *, max_concurrent: int, 
                 board.fail(number, result["failed"])
             return str(TrialScheduler.CONTINUE)
 
-    class Restarts(ray_tune.Callback):  # type: ignore[misc]
+    class Watch(ray_tune.Callback):  # type: ignore[misc]
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             board.begin(numbers[trial.trial_id])
 
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            last = str(trial.get_error() or "").strip().splitlines()[-1:]
+            board.fail(numbers[trial.trial_id], f"its worker was lost {_LOST_WORKER_RETRIES + 1} times: {''.join(last)[:500]}")
+
     with _quiet(), _scratch() as scratch:
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(ray_tune.with_parameters(_trial_body, objective=objective, data=data), {"cpu": cpus, "gpu": gpus}),
+            ray_tune.with_resources(ray_tune.with_parameters(_trial, work=[ray.put((objective, data))]), {"cpu": cpus, "gpu": gpus}),
             tune_config=ray_tune.TuneConfig(
                 search_alg=Suggest(), scheduler=Stop(), num_samples=len(board.left), max_concurrent_trials=max_concurrent,
                 reuse_actors=True,
             ),
             run_config=ray_tune.RunConfig(
-                name="search", storage_path=scratch, verbose=0, callbacks=[Restarts()],
+                name="search", storage_path=scratch, verbose=0, callbacks=[Watch()],
                 failure_config=ray_tune.FailureConfig(max_failures=_LOST_WORKER_RETRIES),
             ),
         )  # fmt: skip
         tuner.fit()
     unfinished = [trial for trial in board.trials if trial.state == "running"]
-    if board.left or unfinished:
+    if (board.left and not board.hopeless) or unfinished:
         raise ServeError(
             f"Ray stopped the search after {len(board.trials) - len(unfinished)} of {board.plan.total} trials. "
             "What is known is kept; search again to go on."
@@ -171,8 +177,8 @@ def _scratch() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Ray's own result files and its warnings about our choices; the environment is as before afterwards."""
-    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_RESULT_BUFFER_LENGTH": "0", "TUNE_WARN_THRESHOLD_S": "30"}
+    """Without Ray's own result files, tables and timing warnings; the environment is as before afterwards."""
+    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_THRESHOLD_S": "30"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     logger = logging.getLogger("ray.tune")

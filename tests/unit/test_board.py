@@ -17,7 +17,7 @@ from maple.train.registry import Tracking
 from maple.train.search import Config, Halving, Plan, SearchSpace, Trial
 
 SPACE = SearchSpace.parse({"rate": ("log", 1e-4, 1.0), "layers": ("choice", [[8], [8, 8]]), "size": ("choice", [8, 16])}, "toy")
-QUESTION = Question(Plan(SPACE, 4, 4, seed=5, given=({"rate": 0.5, "layers": [8], "size": 8},)), "ndcg", Halving(grace=1, eta=3))
+QUESTION = Question(Plan(SPACE, 4, 4, seed=5, given=({"rate": 0.5, "layers": [8], "size": 8},)), "ndcg", Halving(steps=4))
 
 
 def value_of(config: Config, step: int) -> float:
@@ -135,7 +135,9 @@ def test_no_completed_trial_is_an_error_with_the_first_reason(folder: Place) -> 
     board = Board(folder, QUESTION)
     while trial := board.next():
         board.fail(trial.number, f"DataError: no events {trial.number}")
-    with pytest.raises(ArtifactError, match=r"none of the 9 trials.*no events 0.*resume off"):
+    assert board.hopeless
+    assert Board(folder, QUESTION).next() is None
+    with pytest.raises(ArtifactError, match=r"none of the 3 trials.*no events 0.*resume off"):
         board.publish()
     assert not finished(folder)
 

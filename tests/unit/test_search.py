@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maple.config import Section
 from maple.errors import ArtifactError, ConfigError
-from maple.train.search import Halving, Plan, SearchSpace, Trial, best
+from maple.models.catalog import MODELS, RANKERS, model_class, ranker_class
+from maple.train.search import Halving, Plan, SearchSpace, Trial, best, configured
 
 PLAIN: dict[str, Any] = {
     "regularization": ("log", 1e-4, 10.0),
@@ -70,6 +72,40 @@ def test_a_space_survives_json_and_knows_what_it_holds() -> None:
 def test_a_wrong_space_names_the_field(spec: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s)als: factors.*{says}"):
         SearchSpace.parse({"factors": spec}, "als")
+
+
+class Training(Section):
+    learning_rate: float = 0.5
+
+
+class Toy(Section):
+    factors: int = 32
+    training: Training = Training()
+
+
+def test_settings_of_a_section_are_read_and_set_also_in_its_parts() -> None:
+    space = SearchSpace.parse({"training.learning_rate": ("uniform", 0, 1), "factors": ("int", 8, 64)}, "toy")
+    assert space.current(Toy()) == {"factors": 32, "training.learning_rate": 0.5}
+    changed = configured(Toy(), {"factors": 8, "training.learning_rate": 0.25})
+    assert changed == Toy(factors=8, training=Training(learning_rate=0.25))
+    assert configured(changed, space.current(Toy())) == Toy()
+    with pytest.raises(ConfigError, match=r"training\.rate"):
+        configured(Toy(), {"training.rate": 0.25})
+    with pytest.raises(ConfigError, match="tower"):
+        configured(Toy(), {"tower.rate": 0.25})
+    with pytest.raises(ConfigError, match="tower"):
+        SearchSpace.parse({"tower.rate": ("int", 1, 2)}, "toy").current(Toy())
+
+
+@pytest.mark.parametrize("name", [*MODELS, *RANKERS])
+def test_the_space_of_every_model_holds_its_sections_fields(name: str) -> None:
+    kind = (model_class(name) if name in MODELS else ranker_class(name)).Config
+    if not hasattr(kind, "search_space"):
+        pytest.skip(f"{name} has nothing to search")
+    space = SearchSpace.parse(kind.search_space(), name)
+    for number in range(20):
+        config = Plan(space, 20, 0).suggest(number, [])
+        assert space.current(configured(kind(), config)) == config
 
 
 def test_an_empty_search_is_refused() -> None:
@@ -173,6 +209,7 @@ def test_rungs() -> None:
     assert Halving(1, 3).rungs(0, 30) == [1, 3, 9, 27]
     assert Halving(2, 2).rungs(2, 16) == [4, 8, 16]
     assert Halving(5, 2).rungs(0, 4) == []
+    assert Halving(1, 3, steps=27).rungs(0, 30) == [1, 3, 9]
 
 
 def test_a_trial_stops_when_it_falls_out_of_the_best_third() -> None:
