@@ -135,7 +135,7 @@ class ItemTimeline:
         return np.asarray(now) // self.spec.tick - 1
 
     def at(self, items: Int32, ticks: Int64) -> dict[str, Float32]:
-        """Item features at the end of given ticks, columns float32[N]; -1 is an item without events and unknown to the catalogue."""
+        """Item features at the end of given ticks, columns float32[N]; all NaN for an unknown item (-1)."""
         items, ticks = np.asarray(items, np.int32), np.asarray(ticks, np.int64)
         row = self._row(items, ticks)
         ops, _ = _slots(self.spec)
@@ -152,6 +152,8 @@ class ItemTimeline:
             width = len(view.layout[0])
             out |= view.columns(ReadContext(view.layout[1], state[:, start : start + width], last, now, item=columns))
             start += width
+        for column in out.values():
+            column[items < 0] = np.nan
         return out
 
     def read(self, tick: int) -> dict[str, Float32]:

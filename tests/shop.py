@@ -1,0 +1,61 @@
+"""A tiny shop for feature tests: events as plain tuples, as a data set, and as events of the online store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from maple.data.dataset import Dataset
+from maple.features.fold import DAY
+from maple.features.store import Event
+from maple.schema import EVENTS, TIMESTAMP
+
+#: A Monday, midnight UTC.
+T0 = 1_700_438_400_000_000
+HOUR = DAY // 24
+
+ITEMS = pa.table(
+    {
+        "item_id": ["apple", "bread", "cup", "dish", "egg"],
+        "category": ["food", "food", "home", "home", None],
+        "brand": ["a", "b", "a", None, None],
+        "price": pa.array([1.0, 2.0, 8.0, 10.0, None], pa.float32()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Happening:
+    """One event of the tiny shop; ``at`` is in microseconds after T0."""
+
+    user: str
+    item: str
+    event: str
+    at: int
+    value: float | None = None
+    price: float | None = None
+    name: str = ""
+
+    def stored(self, place: int) -> Event:
+        return Event(self.name or f"e{place:04d}", self.user, self.item, self.event, T0 + self.at, self.value, self.price)
+
+
+def online(happenings: Sequence[Happening]) -> list[Event]:
+    """As events of the store, numbered in order where they have no name."""
+    return [happening.stored(place) for place, happening in enumerate(happenings)]
+
+
+def table(events: Sequence[Event]) -> pa.Table:
+    """As an EVENTS table."""
+    columns = {name: [getattr(event, name) for event in events] for name in EVENTS.names}
+    return pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in EVENTS if field.name != "timestamp"}).append_column(
+        "timestamp", pa.array(columns["timestamp"], pa.int64()).cast(TIMESTAMP)
+    )
+
+
+def offline(events: Sequence[Event], users: Sequence[str] = ()) -> Dataset:
+    """As a data set; ``users`` may name users without events."""
+    known = pa.table({"user_id": sorted({event.user_id for event in events} | set(users))})
+    return Dataset.from_tables(table(events), ITEMS, known)
