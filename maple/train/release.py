@@ -95,6 +95,16 @@ class Ledger:
             )
         return release
 
+    def resolve(self, beginning: str) -> str:
+        """The digest of the one bundle that begins so (at least 6 characters); ``ArtifactError`` lists what there is where none or more do."""
+        known = [place.name for place in (self.home / "bundles").children() if _DIGEST.fullmatch(place.name)]
+        found = [digest for digest in known if len(beginning) >= 6 and digest.startswith(beginning)]
+        if len(found) != 1:
+            what = "no bundle begins" if not found else f"{len(found)} bundles begin"
+            listed = ", ".join(digest[:12] for digest in (found or known)[:20]) or "none; make one with `maple publish`"
+            raise ArtifactError(f"{what} with {beginning[:80]!r} (give at least 6 characters). {(self.home / 'bundles').uri} has: {listed}")
+        return found[0]
+
     def history(self) -> list[Release]:
         """Every state ever, oldest first; ``ArtifactError`` if a record is missing or was changed."""
         out: list[Release] = []

@@ -201,3 +201,16 @@ def test_a_home_may_be_a_file_uri(home: Path, a: str, monkeypatch: pytest.Monkey
     monkeypatch.delenv("MAPLE_LEDGER", raising=False)
     assert Ledger.open(home.as_uri()).promote(a).champion == a
     assert Ledger.open(home).read().champion == a
+
+
+def test_a_bundle_may_be_named_by_the_beginning_of_its_digest(ledger: Ledger, home: Path, a: str, b: str) -> None:
+    assert ledger.resolve(a) == ledger.resolve(a[:6]) == a
+    with pytest.raises(ArtifactError, match=f"no bundle begins .*{b[:12]}"):
+        ledger.resolve("zzzzzz")
+    with pytest.raises(ArtifactError, match="at least 6"):
+        ledger.resolve(a[:5])
+    (home / "bundles" / (a[:10] + "0" * 54)).mkdir()
+    with pytest.raises(ArtifactError, match="2 bundles begin"):
+        ledger.resolve(a[:8])
+    with pytest.raises(ArtifactError, match="maple publish"):
+        Ledger.open(home / "elsewhere").resolve(a)
