@@ -96,7 +96,7 @@ class Ledger:
         return release
 
     def resolve(self, beginning: str) -> str:
-        """The digest of the one bundle that begins so (at least 6 characters); ``ArtifactError`` lists what there is where none or more do."""
+        """The one digest that begins so (at least 6 characters); ``ArtifactError`` lists what there is if none or several do."""
         known = [place.name for place in (self.home / "bundles").children() if _DIGEST.fullmatch(place.name)]
         found = [digest for digest in known if len(beginning) >= 6 and digest.startswith(beginning)]
         if len(found) != 1:
