@@ -13,6 +13,7 @@ import numpy as np
 from maple.errors import DataError, unknown_name
 from maple.evaluate.bootstrap import bootstrap_means, interval, sign_flip_p
 from maple.evaluate.harness import Evaluation
+from maple.evaluate.metrics import LIST_LEVEL
 
 #: Metrics of which less is better; of all others more is (of ``popularity_rank`` more is less popular).
 LESS_IS_BETTER = frozenset({"gini"})
@@ -80,7 +81,7 @@ def compare(
 
 @dataclass(frozen=True)
 class SummaryCell:
-    """One metric of one model: its mean, 95 % interval where it has one, difference to the baseline where it can be paired."""
+    """One metric of one model: its mean, 95 % interval where it has one, and for accuracy the paired difference to the baseline."""
 
     metric: str
     mean: float
@@ -117,7 +118,7 @@ def summary(evaluations: Mapping[str, Evaluation], baseline: str, metrics: Seque
     best = {name: _best(name, [evaluation.means[name] for evaluation in evaluations.values()]) for name in names}
     rows = []
     for model, evaluation in evaluations.items():
-        pairable = [name for name in names if name in evaluation.per_user]
+        pairable = [name for name in names if name in evaluation.per_user and name.split("@")[0] not in LIST_LEVEL]
         differences = {} if model == baseline else compare(evaluation, evaluations[baseline], metrics=pairable)
         means = evaluation.means
         cells = [

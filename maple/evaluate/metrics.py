@@ -27,7 +27,9 @@ from maple.errors import DataError
 Float64: TypeAlias = npt.NDArray[np.float64]
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
-ACCURACY = ("recall", "precision", "ndcg", "map", "map_trec", "mrr", "hit")
+#: Metrics of the lists themselves, whatever the users did next.
+LIST_LEVEL = ("coverage", "gini", "diversity", "novelty", "popularity_rank", "fill")
+
 _CHUNK = 4096  # rows at a time where a temporary is B x K x something
 
 

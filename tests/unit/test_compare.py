@@ -82,7 +82,7 @@ def test_the_table_has_a_row_per_model_and_marks_the_best() -> None:
     models = {"popular": model(0.1, 1), "ours": model(0.6, 2)}
     rows = summary(models, "popular", ["hit@1", "gini@5", "coverage@5"])
     assert [(row.model, row.baseline) for row in rows] == [("popular", True), ("ours", False)]
-    assert [cell.best for cell in rows[1].cells][0]
+    assert rows[1].cells[0].best
     assert rows[1].cells[1].best == (models["ours"].means["gini@5"] < models["popular"].means["gini@5"])
     assert rows[0].cells[0].difference is None
     assert rows[1].cells[2].interval is None
