@@ -81,7 +81,7 @@ def start_local(
     say = say or (lambda text: None)
     # Socket paths may have 107 characters, so this folder's name is short and never below MAPLE_HOME.
     temp_dir = Path(tempfile.mkdtemp(prefix="maple-"))
-    gcs, agent_http, agent_grpc, env_agent, metrics, dash, fallback_http, fallback_grpc, stats = free_ports(9)
+    gcs, agent_http, agent_grpc, env_agent, metrics, dash, fallback_http, fallback_grpc, stats, prometheus = free_ports(10)
     replica_ports = _free_block(200)
     token = temp_dir / "token"
     token.write_text(secrets.token_urlsafe(32))
@@ -93,6 +93,7 @@ def start_local(
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(prometheus),  # HAProxy binds it even where its metrics are off
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
@@ -194,7 +195,19 @@ def _end(cluster: LocalCluster) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if cluster.temp_dir is not None:
+        _end_stragglers(cluster.temp_dir)
         shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+
+
+def _end_stragglers(temp_dir: Path) -> None:
+    """Kill what left the process session of a cluster (HAProxy does); its own folder on the command line tells whose it is."""
+    import psutil
+
+    mine = f"{temp_dir}/"
+    for process in psutil.process_iter(["cmdline"]):
+        if any(mine in part for part in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def _die_with_parent() -> None:
