@@ -7,6 +7,7 @@ stay (same processes) and load the new bundle beside the old one; only when ever
 from __future__ import annotations
 
 import logging
+import re
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from maple.serve.settings import ServeSettings
 APP = "maple"
 CONFIGS = Path(__file__).parent.parent.parent / "serve_configs"
 _WAIT_S = 120.0
-_REASON_CHARS = 1500
+_REASON_CHARS = 1000
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 log = logging.getLogger("maple.serve")
 
@@ -196,14 +198,14 @@ def _details(client: Any) -> dict[str, Any]:
     try:
         return dict(client.get_serve_details())
     except RuntimeError as error:
-        raise ServeError(f"Serve's REST API refused to tell its state: {str(error)[:_REASON_CHARS]}") from None
+        raise ServeError(f"Serve's REST API refused to tell its state: {_last_words(str(error))}") from None
 
 
 def _apply(client: Any, document: Mapping[str, Any]) -> None:
     try:
         client.deploy_applications(dict(document))
     except RuntimeError as error:
-        raise ServeError(f"Serve refused the deployment: {str(error)[:_REASON_CHARS]}") from None
+        raise ServeError(f"Serve refused the deployment: {_last_words(str(error))}") from None
 
 
 def _deployed(client: Any) -> tuple[dict[str, Any], Pointer]:
@@ -237,30 +239,47 @@ def _await_running(client: Any) -> None:
 
 
 def _reason(application: Mapping[str, Any]) -> str:
-    """What the deployments say, without Ray's frames: the last lines are the error itself."""
-    said = [f"{name}: {each['message']}" for name, each in (application.get("deployments") or {}).items() if each.get("message")]
-    text = "; ".join(said) or application.get("message") or "no reason given"
-    return text if len(text) <= _REASON_CHARS else f"... {text[-_REASON_CHARS:]}"
+    """What the deployments say of their failure."""
+    said = [
+        f"{name}: {_last_words(each['message'])}" for name, each in (application.get("deployments") or {}).items() if each.get("message")
+    ]
+    return "; ".join(said) or _last_words(application.get("message") or "no reason given")
+
+
+def _last_words(text: str) -> str:
+    """The error itself: Ray puts it below the frames of several processes, in colours."""
+    lines = [line.strip() for line in _COLOURS.sub("", text).splitlines() if line.strip()]
+    return lines[-1][-_REASON_CHARS:] if lines else "no reason given"
 
 
 def _await_pointer(document: Mapping[str, Any], pointer: Pointer, needed: set[str]) -> None:
     """Until every replica of every deployment answers from ``pointer.serve`` and holds what is needed; ``ServeError`` if one cannot."""
-    from ray import serve
-
     (application,) = document["applications"]
     limit = time.monotonic() + _WAIT_S
     for deployment in application["deployments"]:
-        handle = serve.get_deployment_handle(deployment["name"], APP)
+        name = deployment["name"]
         while True:
-            states = handle.broadcast("pointer").results(timeout_s=_WAIT_S)
+            states = _states(name)
             for state in states:
                 for digest in needed & state["failed"].keys():
-                    raise ServeError(f"a replica of {deployment['name']} cannot load bundle {digest[:12]}: {state['failed'][digest]}")
-            if states and all(state["serve"] == pointer.serve and needed <= set(state["held"]) for state in states):
+                    raise ServeError(f"a replica of {name} cannot load bundle {digest[:12]}: {state['failed'][digest]}")
+            told = (pointer.serve, pointer.generation)
+            if states and all((state["serve"], state["generation"]) == told and needed <= set(state["held"]) for state in states):
                 break
             if time.monotonic() > limit:
-                raise ServeError(f"{deployment['name']} did not take up bundle {pointer.serve[:12]} within {_WAIT_S:.0f} s")
+                raise ServeError(f"{name} did not take up bundle {pointer.serve[:12]} within {_WAIT_S:.0f} s")
             time.sleep(0.1)
+
+
+def _states(deployment: str) -> list[dict[str, Any]]:
+    """What every replica of a deployment says of itself; none while Serve is moving them."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return list(serve.get_deployment_handle(deployment, APP).broadcast("pointer").results(timeout_s=_WAIT_S))
+    except RayServeException:
+        return []
 
 
 def _address(http: Mapping[str, Any]) -> Address:

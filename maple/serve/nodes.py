@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from maple.artifacts import Place
-from maple.errors import ArtifactError, ServeError
+from maple.errors import ArtifactError, MapleError, ServeError
 from maple.recommend.bundle import Bundle, cache_locally, load
 from maple.recommend.engine import Candidates, Deadline, Pipeline, Query, RemoteSegment, Segment, SegmentResult
 from maple.serve.http import create_app
@@ -35,65 +35,79 @@ T = TypeVar("T")
 
 
 class Shelf(Generic[T]):
-    """The bundles a replica holds, made ready by ``prepare``: filled and emptied by pointers, idempotent."""
+    """The bundles one replica holds ready, and the pointer it follows.
 
-    def __init__(self, settings: ServeSettings) -> None:
+    Serve takes a replica out of the routing while ``reconfigure`` runs. So only the first pointer is awaited (a replica without a
+    bundle is of no use); later ones are followed in the background, in order, while the replica goes on answering.
+    """
+
+    def __init__(self, settings: ServeSettings, prepare: Callable[[Bundle], T], took: Callable[[dict[str, T], str, int], None]) -> None:
         self.home = Place.at(settings.home)
         self.cache = settings.local_bundles or str(Path(tempfile.gettempdir()) / "maple-bundles")
+        self.prepare, self.took = prepare, took
         self.ready: dict[str, T] = {}
         self.failed: dict[str, str] = {}
+        self.serving, self.generation = "", -1
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def load(self, digest: str) -> Bundle:
-        """The bundle, verified and asked its canaries."""
-        return load(Place.at(cache_locally(self.home, digest, self.cache)), digest)
+    async def reconfigure(self, pointer: Mapping[str, Any]) -> None:
+        """Follow a pointer; raises ``ArtifactError`` only where nothing is held that could answer instead."""
+        if not self.ready:
+            await self._follow(pointer)
+            return
+        task = asyncio.get_running_loop().create_task(self._follow(pointer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def follow(self, pointer: Mapping[str, Any], prepare: Any) -> str:
-        """Hold what the pointer names, load what is missing in a thread, drop the rest; the digest that is to answer.
+    async def _follow(self, pointer: Mapping[str, Any]) -> None:
+        async with self._turn:  # one after the other, in the order they came
+            wanted = [digest for digest in (pointer["serve"], pointer["also"]) if digest]
+            failed: dict[str, str] = {}
+            for digest in wanted:
+                if digest not in self.ready:
+                    try:
+                        self.ready[digest] = await asyncio.to_thread(self._load, digest)
+                    except Exception as error:
+                        failed[digest] = str(error) if isinstance(error, MapleError) else f"{type(error).__name__}: {error}"
+                        log.error("bundle %s cannot be served: %s", digest[:12], failed[digest])
+            self.failed = failed
+            if pointer["serve"] not in self.ready:
+                if not self.ready:
+                    raise ArtifactError(failed[pointer["serve"]])
+                return
+            self.ready = {digest: ready for digest, ready in self.ready.items() if digest in wanted}
+            self.serving, self.generation = pointer["serve"], int(pointer["generation"])
+            self.took(self.ready, self.serving, self.generation)
 
-        Raises ``ArtifactError`` only where nothing is held that could answer instead.
-        """
-        wanted = [pointer["serve"], *([pointer["also"]] if pointer.get("also") else [])]
-        failed: dict[str, str] = {}
-        for digest in wanted:
-            if digest in self.ready:
-                continue
-            try:
-                self.ready[digest] = await asyncio.to_thread(prepare, digest)
-            except Exception as error:
-                failed[digest] = f"{type(error).__name__}: {error}" if not isinstance(error, ArtifactError) else str(error)
-                log.error("bundle %s cannot be served: %s", digest[:12], failed[digest])
-        self.failed = failed
-        if pointer["serve"] in self.ready:
-            keep = set(wanted)
-        elif self.ready:
-            keep = set(self.ready)
-        else:
-            raise ArtifactError(failed[pointer["serve"]])
-        self.ready = {digest: ready for digest, ready in self.ready.items() if digest in keep}
-        return pointer["serve"] if pointer["serve"] in self.ready else ""
+    def _load(self, digest: str) -> T:
+        """Verified, asked its canaries, and made ready."""
+        return self.prepare(load(Place.at(cache_locally(self.home, digest, self.cache)), digest))
+
+    def state(self) -> dict[str, Any]:
+        """What this replica answers from, holds, and could not load."""
+        return {"serve": self.serving, "generation": self.generation, "held": list(self.ready), "failed": dict(self.failed)}
 
 
 class Segments:
     """Runs one segment of the pipeline for the ingress, on whichever bundle the request names."""
 
     def __init__(self, args: dict[str, Any], step: Step) -> None:
-        self.settings = ServeSettings.parse(args, "serve arguments")
+        settings = ServeSettings.parse(args, "serve arguments")
+        meter = RayMeter()
         self.step = step
-        self.shelf: Shelf[Pipeline] = Shelf(self.settings)
-        self.meter = RayMeter()
-        self.serving = ""
-        self.threads = ThreadPoolExecutor(self.settings.threads, "maple-compute")
+        self.shelf: Shelf[Pipeline] = Shelf(
+            settings, lambda bundle: bundle.pipeline(observer=meter), lambda ready, serving, generation: None
+        )
+        self.threads = ThreadPoolExecutor(settings.threads, "maple-compute")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take up a pointer."""
-        self.serving = await self.shelf.follow(user_config, self._prepare) or self.serving
-
-    def _prepare(self, digest: str) -> Pipeline:
-        return self.shelf.load(digest).pipeline(observer=self.meter)
+        await self.shelf.reconfigure(user_config)
 
     def pointer(self) -> dict[str, Any]:
-        """What this replica holds, for whoever promotes."""
-        return {"serve": self.serving, "held": list(self.shelf.ready), "failed": dict(self.shelf.failed)}
+        """What this replica holds, for whoever releases."""
+        return self.shelf.state()
 
     async def run(self, digest: str, queries: Sequence[Query], candidates: Candidates, seconds: float | None) -> SegmentResult:
         """The segment's result within ``seconds`` from now; clocks of different machines are never compared."""
@@ -110,7 +124,6 @@ class Ingress:
 
     def __init__(self, args: dict[str, Any], candidates: DeploymentHandle | None = None, ranker: DeploymentHandle | None = None) -> None:
         settings = ServeSettings.parse(args, "serve arguments")
-        self.shelf: Shelf[Held] = Shelf(settings)
         handles: dict[Segment, DeploymentHandle] = {}
         if candidates is not None and ranker is not None:
             handles = {"retrieve": candidates, "rank": ranker}
@@ -119,21 +132,19 @@ class Ingress:
             return {name: far(handle, digest, with_state=name == "rank") for name, handle in handles.items()} or None
 
         self.service = LocalService(settings, lambda folder: open_store(settings, folder), remote=remote, meter=RayMeter())
+        self.shelf: Shelf[Held] = Shelf(settings, self.service.prepare, self.service.hold)
+        self.service.failed = lambda: self.shelf.failed
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self.service, echo_request_id=False)  # Serve's own middleware sends the id back
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take up a pointer: load beside what answers, then flip."""
-        serve_digest = await self.shelf.follow(user_config, lambda digest: self.service.prepare(self.shelf.load(digest)))
-        self.service.failed = self.shelf.failed
-        if serve_digest:
-            self.service.hold(self.shelf.ready, serve_digest, int(user_config["generation"]))
+        await self.shelf.reconfigure(user_config)
 
     def pointer(self) -> dict[str, Any]:
-        """What this replica holds, for whoever promotes."""
-        held = self.service.held
-        return {"serve": held[0] if held else "", "held": held, "failed": dict(self.service.failed)}
+        """What this replica holds, for whoever releases."""
+        return self.shelf.state()
 
 
 def far(handle: DeploymentHandle, digest: str, *, with_state: bool) -> RemoteSegment:

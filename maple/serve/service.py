@@ -104,7 +104,7 @@ class LocalService:
         self.meter: Meter = meter or NoMeter()
         self.store: OnlineStore | None = None
         self.generation = 0
-        self.failed: dict[str, str] = {}
+        self.failed: Callable[[], Mapping[str, str]] = dict  # digests that could not be loaded, and why; set by who loads
         self._held: dict[str, Held] = {}
         self._serving: Held | None = None
         self._in_flight = 0
@@ -270,7 +270,7 @@ class LocalService:
             "bundle": held.digest, "generation": self.generation, "placement": self.settings.placement,
             "data_fingerprint": held.bundle.about.data, "models": models, "num_items": len(held.bundle.space.items),
             "versions": {**held.bundle.about.versions, "serving": __version__, "serving_numpy": np.__version__},
-            "held": self.held, "failed": dict(self.failed), "store": self.settings.store.kind,
+            "held": self.held, "failed": dict(self.failed()), "store": self.settings.store.kind,
         }  # fmt: skip
 
     def health(self) -> dict[str, Any]:
