@@ -272,17 +272,19 @@ class Bundle:
 
     def decode(self, slates: Slates) -> list[list[Recommendation]]:
         """Answers in ids and words, one list per query."""
-        ids = self.space.items.decode(slates.items)
-        out: list[list[Recommendation]] = []
+        because = slates.columns.get("reason.item", np.empty(0, np.int32))
+        codes = np.unique(np.concatenate([slates.items, because[because >= 0]]))
+        ids, titles = self.space.items.decode(codes), self.titles(codes)
+        names = {code: (item_id, title) for code, item_id, title in zip(codes.tolist(), ids, titles, strict=True)}
+        answers: list[list[Recommendation]] = []
         for start, stop in zip(slates.offsets[:-1].tolist(), slates.offsets[1:].tolist(), strict=True):
             answer = []
             for at in range(start, stop):
-                code = int(slates.sources[at])
-                source = slates.source_names[code] if 0 <= code < len(slates.source_names) else None
-                why = reason(slates, at, self._name, self._days)
-                answer.append(Recommendation(ids[at], self.title(int(slates.items[at])), float(slates.scores[at]), source, why))
-            out.append(answer)
-        return out
+                item_id, title = names[int(slates.items[at])]
+                why = reason(slates, at, names, self._days)
+                answer.append(Recommendation(item_id, title, float(slates.scores[at]), why.source, why))
+            answers.append(answer)
+        return answers
 
     def similar(self, item_id: str, k: int, *, overlay: Overlay | None = None) -> list[tuple[str, float]]:
         """The k available items most like one: (item id, score), by the first source that knows any.
@@ -301,15 +303,23 @@ class Bundle:
                 return list(zip(self.space.items.decode(found), scores[0][keep][:k].astype(float).tolist(), strict=True))
         return []
 
+    def titles(self, codes: Array) -> list[str | None]:
+        """The titles of item codes, None where the catalogue has none."""
+        if self._titles is None:
+            return [None] * len(codes)
+        return [None if text is None else str(text) for text in self._titles.take(pa.array(codes)).to_pylist()]
+
     def title(self, code: int) -> str | None:
         """The title of an item code, None where the catalogue has none."""
-        table = self.space.item_table
-        text = table["title"][code].as_py() if "title" in table.column_names else None
-        return None if text is None else str(text)
+        return self.titles(np.array([code]))[0]
 
-    def _name(self, code: int) -> tuple[str, str]:
-        item_id = str(self.space.items.ids[code].as_py())
-        return item_id, self.title(code) or item_id
+    @cached_property
+    def _titles(self) -> pa.StringArray | None:
+        table = self.space.item_table
+        if "title" not in table.column_names:
+            return None
+        column = table["title"]
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
     @cached_property
     def _days(self) -> float:

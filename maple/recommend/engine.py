@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -100,12 +101,20 @@ class Candidates:
         return len(self.items)
 
     def rows(self) -> Int64:
-        """The query of every candidate, int64[N]."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        """The query of every candidate, int64[N]; not to be written to."""
+        return self._rows
 
     def places(self) -> Int64:
-        """The place of every candidate in its query, from 0, int64[N]."""
-        return np.arange(len(self)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        """The place of every candidate in its query, from 0, int64[N]; not to be written to."""
+        return self._places
+
+    @cached_property
+    def _rows(self) -> Int64:
+        return np.repeat(np.arange(len(self.offsets) - 1), self.offsets[1:] - self.offsets[:-1])
+
+    @cached_property
+    def _places(self) -> Int64:
+        return np.arange(len(self)) - self.offsets[self._rows]
 
     def with_columns(self, columns: Mapping[str, Array]) -> Candidates:
         """With more (or replaced) columns."""
@@ -266,6 +275,8 @@ RemoteSegment: TypeAlias = Callable[[Sequence[Query], Candidates, Deadline | Non
 
 def check(stage: Stage, before: Candidates, after: Candidates, num_queries: int, num_items: int | None = None) -> None:
     """``StageError`` if ``after`` is not a legal answer of ``stage`` to ``before``: aligned, finite, no duplicates, conserved."""
+    if after is before:
+        return
     size = len(after.items)
     offsets = after.offsets
     if len(offsets) != num_queries + 1 or offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 0).any():

@@ -7,7 +7,7 @@ leaves, so that nothing but arrays travels through the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -107,21 +107,21 @@ class Explain:
         return event, count
 
 
-def reason(slates: Slates, at: int, name_of: Callable[[int], tuple[str, str]], days: float) -> Reason:
-    """The reason of the item at a flat position. ``name_of`` gives (id, title) of an item code; ``days`` is the popularity window."""
-    if "reason.kind" not in slates.columns:
-        return Reason("taste", None, None, "chosen for your taste")
-    kind, item, event, count = (int(slates.columns[f"reason.{part}"][at]) for part in ("kind", "item", "event", "count"))
+def reason(slates: Slates, at: int, names: Mapping[int, tuple[str, str | None]], days: float) -> Reason:
+    """The reason of the item at a flat position. ``names``: (id, title) by item code; ``days``: the popularity window."""
     code = int(slates.sources[at])
     source = slates.source_names[code] if 0 <= code < len(slates.source_names) else None
+    if "reason.kind" not in slates.columns:
+        return Reason("taste", source, None, "chosen for your taste")
+    kind, item, event, count = (int(slates.columns[f"reason.{part}"][at]) for part in ("kind", "item", "event", "count"))
     if kind == Kind.POPULAR:
         return Reason("popular", source, None, f"popular in the last {days:g} days")
     verb = VERBS.get(EVENT_TYPES[event] if event >= 0 else "", "know {}")
     if kind == Kind.AGAIN:
         often = "you buy this often" if count > 1 else "you have bought this before"
         text = often if event == EVENT_CODES["purchase"] else f"you {verb.format('this')} before"
-        return Reason("again", source, name_of(item)[0], text)
+        return Reason("again", source, names[item][0], text)
     if kind == Kind.BECAUSE and item >= 0:
-        item_id, title = name_of(item)
-        return Reason("because", source, item_id, f"because you {verb.format(title)}")
+        item_id, title = names[item]
+        return Reason("because", source, item_id, f"because you {verb.format(title or item_id)}")
     return Reason("taste", source, None, "chosen for your taste")

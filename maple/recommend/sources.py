@@ -163,26 +163,21 @@ def _ask(source: RetrieverSource, models: QueryBatch, masks: list[tuple[Int64 | 
 def _opinion(name: str, score: Float32, merged: Candidates, last: int) -> dict[str, Array]:
     """The three columns of a source's scores float32[N], NaN = no opinion."""
     known = np.isfinite(score)
-    filled = np.where(known, score, -np.inf)
-    sizes = np.diff(merged.offsets)
-    order = np.argsort(-filled, kind="stable") if len(sizes) == 1 else np.lexsort((-filled, merged.rows()))
-    place = np.empty(len(score), np.int64)
-    place[order] = merged.places()
+    rows, places, queries = merged.rows(), merged.places(), len(merged.offsets) - 1
+    below = np.where(known, -score, np.float32(np.inf))
+    order = np.argsort(below) if queries == 1 else np.lexsort((below, rows))
+    sorted_ = below[order]
     # Equal scores share the place of the first of them, so that a column never tells items apart that the source does not.
-    follows = np.zeros(len(score), dtype=bool)
-    follows[1:] = (filled[order][1:] == filled[order][:-1]) & (merged.places()[1:] > 0)
-    first = np.maximum.accumulate(np.where(follows, 0, np.arange(len(score)))) if len(score) else order
-    place[order] = merged.places()[first]
-    rank = np.log2(2.0 + np.where(known, place, last)).astype(np.float32)
-    value = np.where(known, score, 0.0).astype(np.float64)
-    rows = merged.rows()
-    count = np.maximum(np.bincount(rows, known, len(sizes)), 1.0)
-    mean = np.bincount(rows, value, len(sizes)) / count
+    starts = np.arange(len(score))
+    starts[1:][(sorted_[1:] == sorted_[:-1]) & (places[1:] > 0)] = 0
+    place = np.empty(len(score), np.int64)
+    place[order] = places[np.maximum.accumulate(starts)]
+    rank = np.log2(2.0 + np.where(known, place, last), dtype=np.float32, casting="same_kind")
+    value = np.where(known, score, 0).astype(np.float64)
+    count = np.maximum(np.bincount(rows, known, queries), 1.0)
+    mean = np.bincount(rows, value, queries) / count
     centred = np.where(known, value - mean[rows], 0.0)
-    spread = np.sqrt(np.bincount(rows, centred**2, len(sizes)) / count)
-    z = np.divide(centred, spread[rows], out=np.zeros_like(centred), where=spread[rows] > 1e-9)
-    return {
-        f"source.{name}.score": score,
-        f"source.{name}.z": np.clip(z, -10, 10).astype(np.float32),
-        f"source.{name}.rank": rank,
-    }
+    spread = np.sqrt(np.bincount(rows, centred * centred, queries) / count)
+    scale = np.where(spread > 1e-9, 1.0 / np.maximum(spread, 1e-9), 0.0)
+    z = np.minimum(np.maximum(centred * scale[rows], -10), 10).astype(np.float32)
+    return {f"source.{name}.score": score, f"source.{name}.z": z, f"source.{name}.rank": rank}

@@ -44,7 +44,8 @@ def reasons(queries: Sequence[Query], *slates: Sequence[tuple[int, int]]) -> lis
     check(explain, proposed, explain(queries, proposed), len(queries), 100)
     pipeline = Pipeline((FunctionStage("s", lambda q, c: proposed, adds=True),), explain=explain, source_names=NAMES)
     out = pipeline.run(queries, explain=True)
-    return [reason(out, at, lambda code: (f"i{code}", f"Item {code}"), 30.0) for at in range(len(out.items))]
+    names = {code: (f"i{code}", f"Item {code}") for code in range(10)}
+    return [reason(out, at, names, 30.0) for at in range(len(out.items))]
 
 
 @pytest.mark.parametrize(
