@@ -69,8 +69,7 @@ def with_event_ids(table: pa.Table) -> pa.Table:
 
 def first_of_each(table: pa.Table) -> Bool:
     """Which rows are the first of their event id by (file, record number), bool[N]; the others are duplicates."""
-    order = np.lexsort((np.asarray(table[ROW]), _ranks(table[FILE]), _ranks(table["event_id"])))
-    ids = _ranks(table["event_id"])[order]
+    order, ids = _by_id(table)
     keep = np.zeros(table.num_rows, np.bool_)
     keep[order[np.flatnonzero(np.diff(ids, prepend=-1))]] = True
     return keep
@@ -78,8 +77,7 @@ def first_of_each(table: pa.Table) -> Bool:
 
 def numbered(table: pa.Table) -> pa.Table:
     """Repeated event ids made distinct by their place among equals (by file and record number): ``<id>``, ``<id>-1``, ``<id>-2`` ..."""
-    order = np.lexsort((np.asarray(table[ROW]), _ranks(table[FILE]), _ranks(table["event_id"])))
-    ids = _ranks(table["event_id"])[order]
+    order, ids = _by_id(table)
     starts = np.flatnonzero(np.diff(ids, prepend=-1))
     place = np.empty(table.num_rows, np.int64)
     place[order] = np.arange(len(ids)) - np.repeat(starts, np.diff(np.append(starts, len(ids))))
@@ -139,7 +137,14 @@ def item_facts(events: pa.Table, how: ItemsFromEvents, targets: Sequence[str]) -
 
     ``count`` adds up; ``first`` rows take the minimum number.
     """
-    parts = [_facts("first", events.group_by("item_id").aggregate([("timestamp", "min")]), number="timestamp_min")]
+    parts = [
+        _facts(
+            "first",
+            events.group_by("item_id").aggregate([("timestamp", "min"), ([], "count_all")]),
+            number="timestamp_min",
+            count="count_all",
+        )
+    ]
     for target, column in how.texts.items():
         text = pc.utf8_trim_whitespace(_one(events[column]))
         pairs = pa.table({"item_id": events["item_id"], "text": text}).filter(pc.greater(pc.binary_length(text), 0))
@@ -255,6 +260,13 @@ def stored_events(table: pa.Table, drop: Sequence[str]) -> pa.Table:
 
 def _one(column: Any) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _by_id(table: pa.Table) -> tuple[Int64, Int64]:
+    """The order of rows by (event id, file, record number), and the rank of the id of each row in that order."""
+    ids = _ranks(table["event_id"])
+    order = np.lexsort((np.asarray(table[ROW]), _ranks(table[FILE]), ids))
+    return order, ids[order]
 
 
 def _times(table: pa.Table) -> Int64:

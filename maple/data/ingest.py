@@ -100,7 +100,8 @@ class SideTable:
 
 def side_table(table: TableSource, schema: pa.Schema, root: Place, key: str) -> SideTable:
     """Read and validate an item or user table (they fit in memory: a catalogue, not a log)."""
-    rows = pa.concat_tables(list(batches(table, schema, root)))
+    empty = common_schema(table, schema, fragments(table, root)).empty_table()  # a file may have a header and no rows
+    rows = pa.concat_tables([empty, *batches(table, schema, root)])
     found = validate_events(rows, complete(table.rules, (key,), events=False))
     clean = found.clean.sort_by(key)
     plain = clean.select([name for name in clean.column_names if not name.startswith("_")])
@@ -129,6 +130,12 @@ def plan(
     buckets = etl.num_buckets_for(count_rows(source.events, found), rows_per_bucket)
     moment = int(time.time() * 1e6) if now is None else now
     return Plan(source, tuple(found), schema, rules, catalogue if asks else None, buckets, moment, home / "snapshots" / name)
+
+
+def judged_schema(plan: Plan) -> pa.Schema:
+    """The schema of what ``judged_rows`` yields."""
+    extra = ((REASON, pa.int16()), (FIRED, pa.int64()), (BUCKET, pa.int32()))
+    return pa.schema([*plan.schema, *(pa.field(name, kind) for name, kind in extra)])
 
 
 def judged_rows(plan: Plan, fragment: Fragment) -> Iterator[pa.Table]:
@@ -223,7 +230,8 @@ def ingest_local(
     items, users = side_tables(source, root)
     todo = plan(source, root, home, rows_per_bucket=rows_per_bucket, catalogue=None if items is None else _ids(items.clean), now=now)
     try:
-        rows = pa.concat_tables([part for fragment in todo.fragments for part in judged_rows(todo, fragment)])
+        parts = [part for fragment in todo.fragments for part in judged_rows(todo, fragment)]
+        rows = pa.concat_tables([judged_schema(todo).empty_table(), *parts])
         bucket = np.asarray(rows[BUCKET])
         order = np.argsort(bucket, kind="stable")
         edges = np.searchsorted(bucket[order], np.arange(todo.num_buckets + 1))

@@ -24,6 +24,7 @@ from maple.data.ingest import (
     Progress,
     finish_bucket,
     judged_rows,
+    judged_schema,
     plan,
     publish,
     side_tables,
@@ -106,6 +107,6 @@ def _told(error: MapleError) -> str:
 
 def _failure_row(here: Plan, error: MapleError) -> pa.Table:
     """One row of the shape of judged rows that carries an error to the driver."""
-    schema = here.schema.append(pa.field(REASON, pa.int16())).append(pa.field(FIRED, pa.int64())).append(pa.field(BUCKET, pa.int32()))
+    schema = judged_schema(here)
     told: dict[str, object] = {UNREADABLE: _told(error), REASON: FAILED, FIRED: 0, BUCKET: 0}
     return pa.table([pa.array([told.get(field.name)], field.type) for field in schema], schema=schema)

@@ -327,7 +327,7 @@ def _funnel(seed: int, truth: Truth, looks: _Looks, end: int) -> pa.Table:
     returned = draw.random(len(bought)) < 0.04
     back = last[looks.visit[bought]] + ((3 + 11 * draw.random(len(bought))) * DAY).astype(np.int64)
     returned &= back < end
-    price = np.round(np.exp(truth.log_price), 2)
+    price: Float64 = np.round(np.exp(truth.log_price), 2).astype(np.float64)
     parts = [
         _rows(truth, looks, np.arange(len(chance)), "look", looks.time),
         _rows(truth, looks, np.flatnonzero(cart), "basket", looks.time[cart] + 3 * SECOND),
