@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from maple.artifacts import Place
 from maple.data.dataset import Dataset
+from maple.data.ingest import ingest_local
+from maple.data.snapshot import Snapshot
+from maple.data.sources import SourceConfig
 from maple.features.fold import DAY
 from maple.features.store import Event
 from maple.schema import EVENTS, TIMESTAMP
@@ -50,12 +56,26 @@ def online(happenings: Sequence[Happening]) -> list[Event]:
 def table(events: Sequence[Event]) -> pa.Table:
     """As an EVENTS table."""
     columns = {name: [getattr(event, name) for event in events] for name in EVENTS.names}
-    return pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in EVENTS if field.name != "timestamp"}).append_column(
-        "timestamp", pa.array(columns["timestamp"], pa.int64()).cast(TIMESTAMP)
-    )
+    made = pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in EVENTS if field.name != "timestamp"})
+    return made.append_column("timestamp", pa.array(columns["timestamp"], pa.int64()).cast(TIMESTAMP))
 
 
 def offline(events: Sequence[Event], users: Sequence[str] = ()) -> Dataset:
     """As a data set; ``users`` may name users without events."""
     known = pa.table({"user_id": sorted({event.user_id for event in events} | set(users))})
     return Dataset.from_tables(table(events), ITEMS, known)
+
+
+def snapshot(folder: Path, happenings: Sequence[Happening], rows_per_bucket: int) -> Snapshot:
+    """As a snapshot under ``folder / "home"``."""
+    pq.write_table(table(online(happenings)), folder / "events.parquet")
+    pq.write_table(ITEMS, folder / "items.parquet")
+    keys = {name: name for name in ("event_id", "user_id", "item_id", "event", "timestamp", "value", "price")}
+    columns = {name: name for name in ITEMS.column_names}
+    plain = {
+        "name": "tiny",
+        "events": {"path": "events.parquet", "columns": keys},
+        "items": {"path": "items.parquet", "columns": columns},
+    }
+    home = Place.at(folder / "home")
+    return ingest_local(SourceConfig.parse(plain, "tiny"), Place.at(folder), home, rows_per_bucket=rows_per_bucket)

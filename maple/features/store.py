@@ -98,7 +98,11 @@ class OnlineStore(Protocol):
     def backfill(self, events: pa.Table) -> int:
         """Load an EVENTS table; events that are there already stay as they are. Returns how many were new."""
 
-    def close(self) -> None: ...
+    def adopt(self, folder: Folder) -> None:
+        """Keep the states of other features up to date from now on: those of a new bundle."""
+
+    def close(self) -> None:
+        """Close all connections; the store may not be used after."""
 
 
 # -- what the backends share -------------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ class SqliteStore:
         return added
 
     def adopt(self, folder: Folder) -> None:
-        """Keep the states of other features up to date from now on: those of a new bundle."""
+        """See ``OnlineStore``."""
         self.folder = folder
 
     def prune(self, keep: Sequence[Folder]) -> int:
@@ -281,7 +285,7 @@ class SqliteStore:
             return self._writer.execute(query, [folder.digest for folder in keep]).rowcount
 
     def close(self) -> None:
-        """Close all connections; the store may not be used after."""
+        """See ``OnlineStore``."""
         for connection in self._connections:
             connection.close()
         self._connections = []

@@ -99,11 +99,11 @@ class RedisStore:
         return sum(ack == Ack.STORED for chunk in events_of(events) for ack in self.append(chunk))
 
     def adopt(self, folder: Folder) -> None:
-        """Keep the states of other features up to date from now on: those of a new bundle."""
+        """See ``OnlineStore``."""
         self.folder = folder
 
     def close(self) -> None:
-        """Close all connections."""
+        """See ``OnlineStore``."""
         self._client.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def test_scan_sees_exactly_what_is_strictly_earlier(logs: list[list[tuple[int, l
     x = np.array([x for log in logs for _, x in log], float).reshape(-1, len(SLOTS))
     asked = sorted((g, t * DAY // 4) for g, t in asked)
     ops, half_lives = layout(SLOTS)
-    out, out_last = scan(group, time, x, np.array([g for g, _ in asked], np.int64), np.array([t for _, t in asked], np.int64), ops, half_lives)
+    asked_group, asked_time = np.array(asked, np.int64).reshape(-1, 2).T.copy()
+    out, out_last = scan(group, time, x, asked_group, asked_time, ops, half_lives)
     for row, (g, t) in enumerate(asked):
         before = [event for event in (logs[g] if g < len(logs) else []) if event[0] < t]
         state, last = run(SLOTS, before)

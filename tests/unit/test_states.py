@@ -123,11 +123,10 @@ def test_a_batch_of_users_reads_as_its_parts() -> None:
     items = np.array([0, 2, -1, 1, 3, 2, 2, 4], np.int32)
     whole = reader.user_item_columns(states, now, offsets, items)
     for row in range(3):
-        part = reader.user_item_columns(
-            states[row : row + 1], now[row : row + 1], np.array([0, offsets[row + 1] - offsets[row]]), items[offsets[row] : offsets[row + 1]]
-        )
+        some = slice(offsets[row], offsets[row + 1])
+        part = reader.user_item_columns(states[row : row + 1], now[row : row + 1], np.array([0, some.stop - some.start]), items[some])
         for name, column in part.items():
-            np.testing.assert_array_equal(whole[name][offsets[row] : offsets[row + 1]], column, err_msg=name)
+            np.testing.assert_array_equal(whole[name][some], column, err_msg=name)
     assert len(reader.user_columns([], now[:0])["user.baskets.count"]) == 0
 
 

@@ -21,9 +21,8 @@ def random_log(count: int = 300) -> list[Happening]:
     draw = rng(7, "ticks")
     kinds = ["view", "purchase", "add_to_cart"]
     names = ["apple", "bread", "cup", "dish", "egg"]
-    return [
-        Happening(f"u{draw.integers(9)}", names[draw.integers(5)], kinds[draw.integers(3)], int(draw.integers(30 * DAY))) for _ in range(count)
-    ]
+    users, items, events, times = (draw.integers(bound, size=count).tolist() for bound in (9, 5, 3, 30 * DAY))
+    return [Happening(f"u{u}", names[i], kinds[e], t) for u, i, e, t in zip(users, items, events, times, strict=True)]
 
 
 def test_a_tick_is_closed_from_its_end_on() -> None:
