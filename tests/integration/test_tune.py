@@ -17,10 +17,17 @@ import numpy as np
 import pytest
 
 from maple.artifacts import Place
+from maple.data.dataset import Dataset
+from maple.data.simulate import clean_events, simulate
+from maple.data.splits import split_of
 from maple.errors import ArtifactError, DataError
+from maple.evaluate.metrics import ranking_metrics
+from maple.evaluate.relevant import relevant_of
+from maple.models.base import FitContext, QueryBatch
+from maple.models.factorization import Als, AlsConfig
 from maple.train.board import TuneResult
 from maple.train.registry import Tracking
-from maple.train.search import Halving, SearchSpace, Trial
+from maple.train.search import Halving, SearchSpace, Trial, configured
 from maple.train.tune_ray import tune
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -174,6 +181,31 @@ def test_a_lost_worker_is_tried_again_from_its_first_step(tmp_path: Path) -> Non
     assert [(row["state"], row["steps"], row["value"]) for row in result.trials.to_pylist()] == [("complete", 3, 0.3)] * 2
     recorded = json.loads((Path(result.folder) / "trials" / "00000.json").read_text())
     assert recorded["values"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
+
+
+def test_als_tuned_on_the_validation_window_beats_a_poor_start_and_its_value_can_be_had_again(tmp_path: Path) -> None:
+    shop = simulate(seed=3, num_users=400, num_items=300, days=40)
+    data = Dataset.from_tables(clean_events(shop))
+    space = SearchSpace.parse(AlsConfig.search_space(), "als").only(["factors", "regularization", "alpha"])
+    poor = AlsConfig(factors=32, regularization=300.0, alpha=0.5)
+
+    def objective(config: dict[str, Any], data: Dataset, report: Callable[[int, float], None]) -> float:
+        cut = split_of(data)
+        model = Als(configured(AlsConfig(iterations=5), config))
+        model.fit(cut.train(data), FitContext(seed=1))
+        relevant = relevant_of(data, cut.t1, cut.t2, new_only=False, known_before=cut.t1)
+        queries = QueryBatch.at(data, relevant.users, np.full(len(relevant), cut.t1, np.int64), 100)
+        lists, _ = model.topk(queries, 10)
+        return float(ranking_metrics(lists, relevant.offsets, relevant.items, ks=(10,))["ndcg@10"].mean())
+
+    result = tune(
+        objective, data, space, name="als", home=Place.at(tmp_path), metric="ndcg@10", random_trials=5, tpe_trials=5,
+        given=[space.current(poor)], cpus=0.5, max_concurrent=2,
+    )  # fmt: skip
+    assert result.trials["state"].to_pylist() == ["complete"] * 11
+    values = result.trials["value"].to_pylist()
+    assert result.best_value == max(values) > 1.2 * values[0] > 0
+    assert objective(result.best_config, data, lambda step, value: None) == pytest.approx(result.best_value, rel=1e-6)
 
 
 DRIVER = """
