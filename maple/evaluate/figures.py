@@ -188,6 +188,8 @@ def scatter(
             axes.scatter([across], [up], s=80, color=colour[model], edgecolor=SURFACE, linewidth=1.2, zorder=3)
             side = -1 if across > right * 0.6 else 1
             at = (across + side * right * 0.03, height)
+            if height > up:
+                axes.plot([across, at[0]], [up, height], color=colour[model], linewidth=0.9)
             axes.text(*at, label(model), ha="left" if side > 0 else "right", va="center", fontsize=10.5)
         axes.set_xlim(-right * 0.04, right)
         axes.set_ylim(low - pad, high + pad)
