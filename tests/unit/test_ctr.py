@@ -20,7 +20,7 @@ from maple.models.ctr import DCNv2, DCNv2Config, Sizes, auc, forward, ndcg
 from maple.models.nn import arrays
 
 TRAINING = {"epochs": 25, "batch_size": 256, "learning_rate": 0.02, "warmup_steps": 0, "patience": 8, "device": "cpu"}
-CONFIG = DCNv2Config.parse({"deep": [16], "rank": 8, "embedding": 4, "training": TRAINING}, "test")
+CONFIG = DCNv2Config.parse({"ensemble": 1, "deep": [16], "rank": 8, "embedding": 4, "training": TRAINING}, "test")
 
 
 def groups_of(num_groups: int, size: int) -> np.ndarray:
