@@ -464,8 +464,8 @@ class _Run:
         if self.pipeline.observer is not None:
             self.pipeline.observer.on_stage(name, seconds, len(self.candidates), len(self.candidates), kind)
         if name == "retrieve" and self.pipeline.fallback is not None:
-            after = self.pipeline._call(self.pipeline.fallback, self.queries, self.candidates, self.timings)
-            self.candidates = ranked(after, self.pipeline.ties)
+            self._finish(self.pipeline.fallback, raises=False)
+            self.candidates = ranked(self.candidates, self.pipeline.ties)
             self.path.append("fallback")
 
     def slates(self, *, strict: bool) -> Slates:

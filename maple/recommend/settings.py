@@ -5,16 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from maple.config import Section, read_yaml
+from maple.errors import MapleError
+from maple.models.catalog import model_class, ranker_class
+from maple.schema import event_codes
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Value = str | bool | int | float
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Lets the page say where a setting is wrong, around an error that says what is wrong."""
+    try:
+        yield
+    except MapleError as error:
+        raise ValueError(str(error)) from None
 
 
 class SourceSettings(Section):
@@ -25,6 +38,12 @@ class SourceSettings(Section):
     config: dict[str, Any] = Field(default_factory=dict)  # settings of that model
     quota: Annotated[int, Field(ge=1, le=10_000)] = 200  # how many items it may propose per request
 
+    @model_validator(mode="after")
+    def _model_takes_its_config(self) -> Self:
+        with _as_value_error():
+            model_class(self.model).Config.parse(self.config, f"{self.name}.config")
+        return self
+
 
 class RankerSettings(Section):
     """The model that orders the candidates."""
@@ -32,6 +51,12 @@ class RankerSettings(Section):
     model: str
     config: dict[str, Any] = Field(default_factory=dict)
     task_weights: dict[str, float] = Field(default_factory=lambda: {"purchase": 1.0})  # score = weighted sum of the tasks, in this order
+
+    @model_validator(mode="after")
+    def _model_takes_its_config(self) -> Self:
+        with _as_value_error():
+            ranker_class(self.model).Config.parse(self.config, "config")
+        return self
 
 
 class MMRSettings(Section):
@@ -96,6 +121,13 @@ class PipelineSettings(Section):
     fallback_days: Annotated[float, Field(gt=0)] = 30.0  # popularity window of the list that answers when retrieval fails
     deadline_ms: Annotated[float, Field(gt=0)] = 150.0
     reserve_ms: Annotated[float, Field(ge=0)] = 5.0  # of the deadline, kept for filters and rules
+
+    @field_validator("bought")
+    @classmethod
+    def _events_exist(cls, names: list[str]) -> list[str]:
+        with _as_value_error():
+            event_codes(names)
+        return names
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,15 +33,12 @@ from maple.recommend.settings import PipelineSettings
 DAY = 86_400_000_000
 START = 19_000 * DAY
 SPEC = FeatureSpec(history_limit=50)
-SETTINGS = PipelineSettings.parse(
-    {
-        "history_limit": 50,
-        "sources": [{"name": "mine", "model": "frequency"}, {"name": "ease", "model": "ease"}, {"name": "popular", "model": "popularity"}],
-        "ranker": {"model": "linear-for-tests"},
-        "rerank": {"caps": [{"column": "category", "limit": 4}]},
-    },
-    "test",
-)
+PAGE = {
+    "history_limit": 50,
+    "sources": [{"name": "mine", "model": "frequency"}, {"name": "ease", "model": "ease"}, {"name": "popular", "model": "popularity"}],
+    "ranker": {"model": "linear-for-tests"},
+    "rerank": {"caps": [{"column": "category", "limit": 4}]},
+}
 
 
 class LinearForTests:
@@ -74,9 +71,11 @@ class LinearForTests:
         return out
 
 
-@pytest.fixture(autouse=True)
-def linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RANKERS, "linear-for-tests", f"{__name__}:LinearForTests")
+@pytest.fixture(scope="module", autouse=True)
+def linear() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RANKERS, "linear-for-tests", f"{__name__}:LinearForTests")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +103,9 @@ def data() -> Dataset:
 
 @pytest.fixture(scope="module")
 def made(data: Dataset) -> Bundle:
+    settings = PipelineSettings.parse(PAGE, "test")
     sources: dict[str, Retriever] = {}
-    for source in SETTINGS.sources:
+    for source in settings.sources:
         kind = model_class(source.model)
         model = kind(kind.Config.parse(source.config, source.name))  # type: ignore[call-arg]
         model.fit(data, FitContext())
@@ -113,7 +113,7 @@ def made(data: Dataset) -> Bundle:
     timeline = ItemTimeline.from_data(data, SPEC)
     now = data.span[1] + 1
     features = ItemFeatures(SPEC, timeline.read(int(timeline.closed(np.array([now]))[0])))
-    bare = Bundle.assemble(SETTINGS, data, sources, fingerprint="f" * 64, features=features, metrics={"ndcg@10": 0.25})
+    bare = Bundle.assemble(settings, data, sources, fingerprint="f" * 64, features=features, metrics={"ndcg@10": 0.25})
     pipeline = pipeline_of(bare.parts, features=bare.hydrator)
     queries = [bare.query("a", now=now, history=[("item 1", "purchase", now - DAY)])]
     candidates = pipeline.run_segment("retrieve", queries, Candidates.empty(1)).candidates
@@ -121,7 +121,7 @@ def made(data: Dataset) -> Bundle:
     ranker = LinearForTests()
     ranker.fit(columns, np.zeros((1, 1), np.float32), np.zeros(1, np.int64), FitContext())
     return Bundle.assemble(
-        SETTINGS,
+        settings,
         data,
         sources,
         fingerprint="f" * 64,
@@ -270,7 +270,7 @@ def test_history_limit_is_one_number(made: Bundle, data: Dataset) -> None:
     assert made.features is not None
     features = replace(made.features, spec=FeatureSpec(history_limit=20))
     with pytest.raises(ConfigError, match=r"history_limit is 50 .* and 20"):
-        Bundle.assemble(SETTINGS, data, made.parts.sources, fingerprint="x", features=features)
+        Bundle.assemble(made.settings, data, made.parts.sources, fingerprint="x", features=features)
 
 
 def test_answers_in_words(made: Bundle, data: Dataset) -> None:

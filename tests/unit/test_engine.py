@@ -199,6 +199,12 @@ def test_failed_retrieval_is_answered_by_the_fallback_without_ranking() -> None:
     assert out.degraded == ("retrieve: error:ValueError",)
 
 
+def test_an_answer_without_sources_and_fallback_is_empty_and_says_why() -> None:
+    out = Pipeline((broken(),), (flip(),), (), fallback=broken("fallback", adds=True)).run([query()], on_error="degrade")
+    assert out.items.tolist() == []
+    assert out.degraded == ("retrieve: error:ValueError", "fallback: error:ValueError")
+
+
 def test_a_failed_rule_is_skipped_but_a_failed_filter_is_no_answer() -> None:
     out = Pipeline((source(1, 2),), (), (broken("mmr"),)).run([query()], on_error="degrade")
     assert out.items.tolist() == [1, 2]
