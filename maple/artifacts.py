@@ -225,6 +225,14 @@ def load_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from None
 
 
+def tensors_of(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """Named arrays of the bytes of a safetensors file."""
+    try:
+        return dict(safetensors.numpy.load(data))
+    except Exception as error:  # the library raises its own error types for torn files
+        raise ArtifactError(f"these bytes are not a readable safetensors file: {error}") from None
+
+
 # -- pointers ----------------------------------------------------------------------------------------------------------
 
 

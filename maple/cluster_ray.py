@@ -147,6 +147,21 @@ def stop_local() -> None:
         _current = None
 
 
+def connect(say: Callable[[str], None] | None = None) -> None:
+    """Use the cluster there is: the one this process is connected to, the one ``RAY_ADDRESS`` names, else a local one of its own."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        attach()
+    else:
+        start_local(say=say)
+
+
+def dashboard() -> str | None:
+    """The dashboard of the local cluster that this process started, None without one."""
+    return None if _current is None else _current.dashboard
+
+
 def attach(address: str | None = None) -> str:
     """Connect this process to a running cluster (``address``, ``RAY_ADDRESS``, or the job's own); returns its GCS address."""
     import logging

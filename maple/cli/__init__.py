@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from maple import __version__
 from maple.cli.console import console, errors
 from maple.cli.console import table as show_table
 from maple.errors import MapleError
+
+if TYPE_CHECKING:
+    from maple.run import RunConfig
 
 
 class Group(click.Group):
@@ -82,9 +86,10 @@ def features_build(config_path: str | None, overrides: tuple[str, ...]) -> None:
 @features.command("list")
 def features_list() -> None:
     """All feature views: name, meaning, unit, half-lives (Markdown)."""
+    from maple.features.spec import FeatureSpec
     from maple.features.views import catalogue
 
-    click.echo(catalogue())
+    click.echo(catalogue(FeatureSpec().all_views))
 
 
 @cli.command()
@@ -188,13 +193,13 @@ def doctor() -> None:
         sys.exit(1)
 
 
-def _config(path: str | None, data: str | None, overrides: tuple[str, ...]) -> object:
-    from maple import steps
+def _config(path: str | None, data: str | None, overrides: tuple[str, ...]) -> RunConfig:
+    from maple.run import run_config
 
-    return steps.run_config(path, data, overrides)
+    return run_config(path, data, overrides)
 
 
-def _step(name: str, config: object) -> None:
+def _step(name: str, config: RunConfig) -> None:
     from maple import steps
     from maple.cli.console import step
 

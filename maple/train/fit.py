@@ -16,10 +16,10 @@ from maple.errors import DataError
 from maple.evaluate.harness import Recommend, Relevant
 from maple.features.spec import FeatureSpec
 from maple.features.states import LogReader
-from maple.features.ticks import ItemReader, ItemTimeline
+from maple.features.ticks import ItemReader, ItemTimeline, StoredItems
 from maple.hashing import rng
 from maple.index import tie_ranks
-from maple.models.base import FitContext, Metrics, QueryBatch, Mask, Ranker, Retriever, Space
+from maple.models.base import FitContext, Mask, Metrics, QueryBatch, Ranker, Retriever, Space
 from maple.models.catalog import model_class, ranker_class
 from maple.recommend.build import Parts, pipeline_of, popular_items
 from maple.recommend.bundle import Bundle, ItemFeatures
@@ -43,7 +43,9 @@ class Fitted:
     metrics: Mapping[str, Metrics]
 
 
-def fit_sources(data: Dataset, settings: PipelineSettings, ctx: FitContext, say: Say = print) -> tuple[dict[str, Retriever], dict[str, Metrics]]:
+def fit_sources(
+    data: Dataset, settings: PipelineSettings, ctx: FitContext, say: Say = print
+) -> tuple[dict[str, Retriever], dict[str, Metrics]]:
     """Every source of the settings, fitted on the whole data set given, and what each says of its fit."""
     models: dict[str, Retriever] = {}
     metrics: dict[str, Metrics] = {}
@@ -64,11 +66,13 @@ def ranker_rows(
     cut: Boundaries,
     rows: RowSettings,
     *,
+    timeline: ItemTimeline | None = None,
     seed: int = 0,
     say: Say = print,
 ) -> Rows:
     """What the ranker learns from: candidates of ``sources`` (fitted before ``cut.t1``) for the users of [t1, t2), with features at t1."""
-    pipeline = offline_pipeline(Parts(settings, Space.of(data), sources, _popular(data.before(cut.t1), settings)), data.before(cut.t2), spec)
+    early = Parts(settings, Space.of(data), sources, _popular(data.before(cut.t1), settings))
+    pipeline = offline_pipeline(early, data.before(cut.t2), spec, timeline)
     random = rng(seed, "ranker rows")
     relevant = targets_after(data, cut.t1, cut.t2, new_only=not settings.repeats, settings=rows, rng=random)
     parts: list[Rows] = []
@@ -102,15 +106,18 @@ def fit_pipeline(
     *,
     fingerprint: str,
     spec: FeatureSpec | None = None,
+    timeline: ItemTimeline | None = None,
     row_settings: RowSettings | None = None,
     rows: Rows | None = None,
+    early: Mapping[str, Retriever] | None = None,
     metrics: Mapping[str, float] | None = None,
     ctx: FitContext | None = None,
     say: Say = print,
 ) -> Fitted:
     """Fit everything on the events before ``cut.t2``; later events are never read.
 
-    ``rows``: ranker rows made before for the same data, cut and sources. ``metrics``: what the bundle says of its quality.
+    ``timeline``: item features built before (they are read strictly before each moment). ``rows``: ranker rows made before for the
+    same data, cut and sources. ``early``: sources fitted before T1 already. ``metrics``: what the bundle says of its quality.
     """
     ctx = ctx or FitContext()
     spec = spec or FeatureSpec(history_limit=settings.history_limit)
@@ -119,12 +126,15 @@ def fit_pipeline(
     ranker: Ranker | None = None
     if settings.ranker is not None:
         if rows is None:
-            early, _ = fit_sources(known.before(cut.t1), settings, ctx, lambda text: say(f"before T1: {text}"))
-            rows = ranker_rows(known, early, settings, spec, cut, row_settings or RowSettings(), seed=ctx.seed, say=say)
+            if early is None:
+                early, _ = fit_sources(known.before(cut.t1), settings, ctx, lambda text: say(f"before T1: {text}"))
+            rows = ranker_rows(
+                known, early, settings, spec, cut, row_settings or RowSettings(), timeline=timeline, seed=ctx.seed, say=say
+            )  # fmt: skip
         say(f"fitting the ranker on {rows.describe()}")
         ranker, told["ranker"] = fit_ranker(rows, settings, ctx)
     sources, own = fit_sources(known, settings, ctx, lambda text: say(f"before T2: {text}"))
-    timeline = ItemTimeline.from_data(known, spec)
+    timeline = timeline or ItemTimeline.from_data(known, spec)
     items = ItemFeatures(spec, timeline.read(int(timeline.closed(np.int64(cut.t2)))))  # type: ignore[arg-type]
     bundle = Bundle.assemble(
         settings, known, sources, fingerprint=fingerprint, ranker=ranker,
@@ -133,15 +143,18 @@ def fit_pipeline(
     return Fitted(bundle, cut, rows, told | own)
 
 
-def offline_pipeline(parts: Parts, data: Dataset, spec: FeatureSpec) -> Pipeline:
+def offline_pipeline(parts: Parts, data: Dataset, spec: FeatureSpec, timeline: ItemTimeline | None = None) -> Pipeline:
     """The served pipeline over users of a log, read strictly before each query's moment."""
-    return pipeline_of(parts, features=LogFeatures(LogReader(data, spec), ItemReader(ItemTimeline.from_data(data, spec))))
+    items = ItemReader(timeline or ItemTimeline.from_data(data, spec))
+    return pipeline_of(parts, features=LogFeatures(LogReader(data, spec), items))
 
 
 def lists_of_pipeline(bundle: Bundle, data: Dataset, relevant: Relevant, now: int, k: int) -> Recommend:
     """The pipeline of a bundle as the harness asks it: lists int32[B, k] for rows of the test users, as of ``now``."""
     assert bundle.features is not None, "evaluation needs the bundle's feature spec"
-    pipeline = offline_pipeline(bundle.parts, data.before(now), bundle.features.spec)
+    pipeline = pipeline_of(
+        bundle.parts, features=LogFeatures(LogReader(data.before(now), bundle.features.spec), StoredItems(bundle.features.columns))
+    )  # fmt: skip
 
     def recommend(rows: Int32) -> Int32:
         out = []

@@ -25,7 +25,7 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 class RowSettings(Section):
     """How many rows the ranker learns from."""
 
-    negatives: Annotated[int, Field(ge=1)] = 150  # per query; the best by source order first half, the others drawn uniformly
+    negatives: Annotated[int, Field(ge=1)] = 600  # per query, drawn uniformly from the sources' candidates if there are more
     max_queries: Annotated[int, Field(ge=1)] = 6000  # users drawn if there are more
     horizon_days: Annotated[float, Field(gt=0)] | None = None  # how far after the cut labels look; all of the window if not given
 
@@ -76,28 +76,20 @@ def labels_of(candidates: Candidates, offsets: Int64, items: Int32) -> Float32:
 
 
 def draw(candidates: Candidates, labels: Float32, negatives: int, rng: np.random.Generator) -> Int64:
-    """Flat indices of the rows to learn from: every positive, and per query the hardest half and a uniform half of ``negatives``.
+    """Flat indices of the rows to learn from: every positive, and per query at most ``negatives`` others, drawn uniformly.
 
-    Queries without any positive among their candidates teach nothing about order and are left out.
+    Uniformly, because the ranker will score all candidates: rows that favour the hardest negatives teach it a world in which the
+    sources are worse than they are. Queries without a positive among their candidates teach nothing about order and are left out.
     """
     rows = candidates.rows()
     has_positive = np.bincount(rows, weights=labels, minlength=len(candidates.offsets) - 1) > 0
     positive = labels > 0
-    # Rank of each negative inside its query: in source order, and in a random order of its own.
-    hard = _rank_of_negatives(rows, positive, candidates.places().astype(np.float64))
-    random = _rank_of_negatives(rows, positive | (hard < negatives // 2), rng.random(len(rows)))
-    keep = positive | (hard < negatives // 2) | (random < negatives - negatives // 2)
-    return np.flatnonzero(keep & has_positive[rows])
-
-
-def _rank_of_negatives(rows: Int64, leave_out: Array, key: Array) -> Int64:
-    """The place of every row among those of its query that are not left out, by ascending key; a huge number where left out."""
-    index = np.flatnonzero(~leave_out)
-    order = index[np.lexsort((key[index], rows[index]))]
-    starts = np.searchsorted(rows[order], rows[order], side="left")
-    out = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
-    out[order] = np.arange(len(order)) - starts
-    return out
+    chance = np.where(positive, -1.0, rng.random(len(rows)))
+    order = np.lexsort((chance, rows))
+    place = np.empty(len(rows), dtype=np.int64)
+    place[order] = candidates.places()
+    positives = np.bincount(rows, weights=labels, minlength=len(candidates.offsets) - 1).astype(np.int64)
+    return np.flatnonzero((place - positives[rows] < negatives) & has_positive[rows])
 
 
 def gather(parts: Sequence[Rows]) -> Rows:
