@@ -295,7 +295,7 @@ class TestSqlite(StoreSuite):
 
     def test_a_killed_writer_loses_nothing_it_acknowledged(self, tmp_path: Path) -> None:
         script = Path(__file__).with_name("store_writer.py")
-        for attempt in range(3):
+        for attempt in range(2):
             path = tmp_path / f"killed{attempt}.db"
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             writer = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, env=environment)
