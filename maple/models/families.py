@@ -321,17 +321,7 @@ class ItemItem(Model):
     def similar(self, items: Int32, k: int) -> tuple[Int32, Float32]:
         """By the weight from the asked item to others, where it is positive."""
         self.check_fitted()
-        rows = self.weights[np.maximum(items, 0)]
-        if isinstance(rows, np.ndarray):
-            scores = np.where(rows > 0, rows, np.float32(-np.inf))
-            found, best = topk_scores(scores, k, tie=self.tie, exclude=self_excluded(items))
-        else:
-            scores = np.where(rows.data > 0, rows.data, np.float32(-np.inf))
-            found, best = topk_ragged(
-                rows.indptr.astype(np.int64), rows.indices.astype(np.int32), scores, k, tie=self.tie, exclude=self_excluded(items)
-            )
-        found[items < 0], best[items < 0] = -1, -np.inf
-        return found, best
+        return similar_rows(self.weights, items, k, self.tie)
 
     def explain(self, queries: QueryBatch, items: Int32, offsets: Int64) -> Int32:
         """The history item that adds most to the candidate's score, itself left out, if what it adds is positive."""
@@ -347,6 +337,19 @@ class ItemItem(Model):
                 added = (self.weights[np.ix_(own, np.maximum(candidates, 0))] * strength[:, None]).T
                 out[offsets[row] : offsets[row + 1]] = strongest(added, candidates, own)
         return out
+
+
+def similar_rows(weights: sp.csr_matrix | Float32, items: Int32, k: int, tie: Int32) -> tuple[Int32, Float32]:
+    """The k largest positive weights in the row of each item, itself left out; nothing for an item of -1."""
+    rows = weights[np.maximum(items, 0)]
+    if isinstance(rows, np.ndarray):
+        found, best = topk_scores(np.where(rows > 0, rows, np.float32(-np.inf)), k, tie=tie, exclude=self_excluded(items))
+    else:
+        scores = np.where(rows.data > 0, rows.data, np.float32(-np.inf))
+        offsets, columns = rows.indptr.astype(np.int64), rows.indices.astype(np.int32)
+        found, best = topk_ragged(offsets, columns, scores, k, tie=tie, exclude=self_excluded(items))
+    found[items < 0], best[items < 0] = -1, -np.inf
+    return found, best
 
 
 def _csr(matrix: sp.csr_matrix) -> tuple[npt.NDArray[Any], Int32, Float32]:

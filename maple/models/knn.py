@@ -6,6 +6,7 @@ whose end is damped by the popularity of the item it reaches).
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from maple.data.dataset import Dataset, Float32, Int32, Int64
 from maple.errors import DataError
 from maple.index import topk_ragged
 from maple.models.base import FitContext, Metrics, Need, QueryBatch, SearchSpace, Space, State
-from maple.models.families import ItemItem, history_matrix, take_array
+from maple.models.families import ItemItem, history_matrix, similar_rows, take_array
 
 #: Multiply-adds per block of rows of the item-item product: bounds what is held before pruning to some 100 MB.
 BLOCK_WORK = 8_000_000
@@ -30,12 +31,12 @@ class ItemKnnConfig(Section):
     similarity: Literal["cosine", "tfidf", "bm25", "rp3beta"] = "cosine"
     """cosine of item columns; tfidf and bm25 weigh a user down who touches everything; rp3beta walks item, user, item."""
     neighbours: int = Field(default=100, ge=1)
-    """Neighbours kept per item, the strongest."""
+    """Of each candidate, so many of the history items that speak most for it. (Kept per history item, popular candidates win.)"""
     shrink: float = Field(default=0.0, ge=0)
     """cosine and tfidf: added to the denominator, so that a similarity seen on few users counts less."""
-    alpha: float = Field(default=1.0, gt=0)
+    alpha: float = Field(default=0.6, gt=0)
     """rp3beta: exponent of the transition probabilities."""
-    beta: float = Field(default=0.6, ge=0)
+    beta: float = Field(default=0.3, ge=0)
     """rp3beta: exponent of the popularity that divides the end of the walk; 0 = no damping."""
     k1: float = Field(default=1.2, gt=0)
     """bm25: how soon repeated interest stops to count."""
@@ -51,8 +52,9 @@ class ItemKnnConfig(Section):
         return {
             "similarity": ("choice", ["cosine", "tfidf", "bm25", "rp3beta"]),
             "neighbours": ("choice", [20, 50, 100, 200, 400]),
-            "beta": ("uniform", 0.0, 1.0),
-            "shrink": ("choice", [0.0, 5.0, 20.0, 100.0]),
+            "alpha": ("uniform", 0.3, 1.2),
+            "beta": ("uniform", 0.0, 0.8),
+            "shrink": ("choice", [0.0, 5.0, 20.0, 50.0]),
             "recency": ("choice", [0.7, 0.8, 0.9, 0.95, 1.0]),
         }
 
@@ -68,7 +70,8 @@ class ItemKnn(ItemItem):
     def fit(self, data: Dataset, ctx: FitContext) -> Metrics:
         self._enter(Space.of(data))
         left, right = self._factors(data.matrix(binary=self.config.binary))
-        self.weights = _pruned_product(left, right, self.config.neighbours, self.tie)
+        by_candidate = _pruned_product(right.T.tocsr(), left.T.tocsr(), self.config.neighbours, self.tie)
+        self.weights = by_candidate.T.tocsr()
         self.known = np.diff(self.weights.indptr) > 0
         return {"neighbours": float(self.weights.nnz)}
 
@@ -107,6 +110,15 @@ class ItemKnn(ItemItem):
 
     def history(self, queries: QueryBatch) -> sp.csr_matrix:
         return history_matrix(queries.histories, self.num_items, self.space.signals, binary=self.config.binary, recency=self.config.recency)
+
+    @cached_property
+    def _relations(self) -> sp.csr_matrix:
+        return self.weights.maximum(self.weights.T).tocsr()
+
+    def similar(self, items: Int32, k: int) -> tuple[Int32, Float32]:
+        """By the larger of the weights from one item to the other and back."""
+        self.check_fitted()
+        return similar_rows(self._relations, items, k, self.tie)
 
     def state(self) -> State:
         self.check_fitted()
@@ -163,4 +175,4 @@ def _pruned_product(left: sp.csr_matrix, right: sp.csr_matrix, keep: int, tie: I
         sizes.append((found >= 0).sum(axis=1))
         start = stop
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
-    return sp.csr_matrix((np.concatenate(data), np.concatenate(indices), indptr), shape=left.shape)
+    return sp.csr_matrix((np.concatenate(data), np.concatenate(indices), indptr), shape=(num_items, num_items))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import numba
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
@@ -87,15 +88,9 @@ class Popularity(Model):
         self.check_fitted()
         allowed, exclude = parts(mask)
         ranked = self._ranked if allowed is None else self._ranked[allowed[self._ranked]]
-        found, best = no_similar(np.empty(len(queries), np.int32), k)
-        for row in range(len(queries)):
-            barred = np.empty(0, np.int32) if exclude is None else exclude[1][exclude[0][row] : exclude[0][row + 1]]
-            head = ranked[: k + len(barred)]
-            if len(barred):
-                head = head[~np.isin(head, barred)]
-            head = head[:k]
-            found[row, : len(head)], best[row, : len(head)] = head, self.scores[head]
-        return found, best
+        offsets, barred = exclude if exclude is not None else (np.zeros(len(queries) + 1, np.int64), np.empty(0, np.int32))
+        found = _first(ranked, offsets, barred, k, self.num_items)
+        return found, np.where(found >= 0, self.scores[found], np.float32(-np.inf))
 
     def score(self, queries: QueryBatch, items: Int32, offsets: Int64) -> Float32:
         self.check_fitted()
@@ -118,3 +113,22 @@ class Popularity(Model):
         model = cls._load(config, space)
         model.scores = take_array(state, "scores", np.float32, (len(space.items),))
         return model
+
+
+@numba.njit(cache=True, nogil=True)
+def _first(ranked: Any, offsets: Any, barred: Any, k: int, num_items: int) -> Any:
+    """For each row the first k ranked items that are not barred, int32[B, k], padded with -1."""
+    out = np.full((len(offsets) - 1, k), -1, np.int32)
+    stamp = np.zeros(num_items, np.int32)
+    for row in range(len(offsets) - 1):
+        for place in range(offsets[row], offsets[row + 1]):
+            if 0 <= barred[place] < num_items:
+                stamp[barred[place]] = row + 1
+        filled = 0
+        for item in ranked:
+            if filled == k:
+                break
+            if stamp[item] != row + 1:
+                out[row, filled] = item
+                filled += 1
+    return out
