@@ -65,11 +65,10 @@ def test_equal_to_the_slow_reference(case: tuple[list[list[int]], list[list[int]
 def test_within_bounds_monotone_and_independent_of_other_users(case: tuple[list[list[int]], list[list[int]]]) -> None:
     lists, relevant = case
     found = metrics.ranking_metrics(padded(lists), *ragged(relevant), ks=KS)
+    alone = [metrics.ranking_metrics(padded([row]), *ragged([wanted]), ks=KS) for row, wanted in zip(lists, relevant, strict=True)]
     for name, values in found.items():
         assert ((values >= 0) & (values <= 1 + 1e-12)).all(), name
-        pairs = zip(lists, relevant, strict=True)
-        alone = [metrics.ranking_metrics(padded([row]), *ragged([wanted]), ks=KS)[name][0] for row, wanted in pairs]
-        np.testing.assert_array_equal(values, alone)
+        np.testing.assert_array_equal(values, [one[name][0] for one in alone])
     for name in ("recall", "hit", "mrr", "map_trec"):
         for small, large in itertools.pairwise(KS):
             assert (found[f"{name}@{small}"] <= found[f"{name}@{large}"] + 1e-12).all(), name
