@@ -35,6 +35,7 @@ from maple.data.validate import UNREADABLE
 from maple.errors import ConfigError, DataError, MapleError
 
 FAILED = -2  # the reason of a row that carries an error
+NOTHING = -3  # the reason of a row that only says that a fragment had none: Ray forgets the columns of a data set without rows
 
 
 def ingest(
@@ -74,10 +75,16 @@ def _rows(todo: Plan) -> list[dict[str, Any]]:
     def read(batch: pa.Table) -> Iterator[pa.Table]:
         here: Plan = ray.get(shared)
         for number in batch["fragment"].to_pylist():
+            rows = 0
             try:
-                yield from judged_rows(here, here.fragments[number])
+                for part in judged_rows(here, here.fragments[number]):
+                    rows += part.num_rows
+                    yield part
             except MapleError as error:  # travels as a row: raised here, Ray would log its traceback and wrap its message
-                yield _failure_row(here, error)
+                yield _mark(here, FAILED, _told(error))
+            else:
+                if rows == 0:
+                    yield _mark(here, NOTHING, None)
 
     def finish(group: pa.Table) -> pa.Table:
         here: Plan = ray.get(shared)
@@ -85,7 +92,8 @@ def _rows(todo: Plan) -> list[dict[str, Any]]:
         if failed.num_rows:
             return pa.table({"error": [failed[UNREADABLE][0].as_py()]})
         try:
-            return finish_bucket(here, group[BUCKET][0].as_py(), group).row()
+            rows = group.filter(pc.not_equal(group[REASON], NOTHING))
+            return finish_bucket(here, group[BUCKET][0].as_py(), rows).row()
         except MapleError as error:
             return pa.table({"error": [_told(error)]})
 
@@ -105,8 +113,8 @@ def _told(error: MapleError) -> str:
     return f"{type(error).__name__}|{error}"
 
 
-def _failure_row(here: Plan, error: MapleError) -> pa.Table:
-    """One row of the shape of judged rows that carries an error to the driver."""
+def _mark(here: Plan, reason: int, text: str | None) -> pa.Table:
+    """One row of the shape of judged rows that is no event but says something of a fragment."""
     schema = judged_schema(here)
-    told: dict[str, object] = {UNREADABLE: _told(error), REASON: FAILED, FIRED: 0, BUCKET: 0}
+    told: dict[str, object] = {UNREADABLE: text, REASON: reason, FIRED: 0, BUCKET: 0}
     return pa.table([pa.array([told.get(field.name)], field.type) for field in schema], schema=schema)
