@@ -12,7 +12,7 @@ from maple.models.ctr import DCNv2, DCNv2Config
 from maple.models.two_tower import TwoTower, TwoTowerConfig
 from maple.train.search import SearchSpace, configured
 
-TRAINING = {"epochs": 15, "batch_size": 32, "learning_rate": 0.02, "warmup_steps": 0, "patience": 15, "device": "cpu"}
+TRAINING = {"epochs": 10, "batch_size": 32, "learning_rate": 0.02, "warmup_steps": 0, "patience": 15, "device": "cpu"}
 
 
 def tower(**changes: object) -> TwoTowerConfig:
@@ -37,7 +37,7 @@ class TestTwoTower(RetrieverSuite):
 
 
 class TestTwoTowerOfHiddenItems(TestTwoTower):
-    config = tower(examples="hidden", softmax="sampled", negatives=10, training=TRAINING | {"epochs": 60, "patience": 60})
+    config = tower(examples="hidden", softmax="sampled", negatives=10, training=TRAINING | {"epochs": 40})
 
 
 class TestTwoTowerWithContent(TestTwoTower):

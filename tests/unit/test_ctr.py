@@ -19,7 +19,7 @@ from maple.models.columns import Columns
 from maple.models.ctr import DCNv2, DCNv2Config, Sizes, auc, forward, ndcg
 from maple.models.nn import arrays
 
-TRAINING = {"epochs": 25, "batch_size": 256, "learning_rate": 0.02, "warmup_steps": 0, "patience": 8, "device": "cpu"}
+TRAINING = {"epochs": 25, "batch_size": 256, "learning_rate": 0.02, "warmup_steps": 0, "patience": 5, "device": "cpu"}
 CONFIG = DCNv2Config.parse({"ensemble": 1, "deep": [16], "rank": 8, "embedding": 4, "training": TRAINING}, "test")
 
 
@@ -32,7 +32,7 @@ def first_place(scores: np.ndarray, labels: np.ndarray, size: int) -> float:
     return float((scores.reshape(-1, size).argmax(1) == labels.reshape(-1, size).argmax(1)).mean())
 
 
-def products(seed: int, num_groups: int = 300, size: int = 8) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+def products(seed: int, num_groups: int = 240, size: int = 8) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The relevant candidate of a group is the one with the largest product of two numbers: no linear score finds it."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num_groups, size, 3)).astype(np.float32)
@@ -84,10 +84,10 @@ def test_it_does_not_lose_to_its_best_single_feature() -> None:
 
 def test_bce_scores_are_probabilities_of_each_task() -> None:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=20_000).astype(np.float32)
+    x = rng.normal(size=8_000).astype(np.float32)
     chance = np.stack([1 / (1 + np.exp(-2 * x)), np.full(len(x), 0.2)], axis=1)
     labels = (rng.random(chance.shape) < chance).astype(np.float32)
-    model = DCNv2(CONFIG.with_(loss="bce"))
+    model = DCNv2(CONFIG.with_(loss="bce", training=TRAINING | {"patience": 3}))
     metrics = model.fit({"x": x}, labels, np.arange(len(x)), FitContext())
     scores = model.score({"x": np.array([-1, 0, 1], np.float32)})
     np.testing.assert_allclose(scores[:, 0], [0.12, 0.5, 0.88], atol=0.06)
@@ -273,7 +273,7 @@ def test_speed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """1,000 candidates with 60 number columns at the default size; a figure to read, not an assertion."""
     rng = np.random.default_rng(0)
     columns = {f"x{place}": rng.normal(size=1000).astype(np.float32) for place in range(60)}
-    model = DCNv2(DCNv2Config.parse({"training": {"epochs": 1, "device": "cpu"}}, "speed"))
+    model = DCNv2(DCNv2Config.parse({"ensemble": 1, "training": {"epochs": 1, "device": "cpu"}}, "speed"))
     model.fit(columns, (columns["x0"] > 1).astype(np.float32)[:, None], groups_of(20, 50), FitContext())
     times = []
     for _ in range(20):
