@@ -316,6 +316,18 @@ class RetrieverSuite:
         nothing = fitted.explain(queries_of([]), np.array([1, -1], np.int32), np.array([0, 2], np.int64))
         np.testing.assert_array_equal(nothing, [-1, -1])
 
+    def test_a_catalogue_larger_than_its_audience(self) -> None:
+        rng = np.random.default_rng(5)
+        data = dataset(
+            [(int(user), int(item)) for user, item in zip(rng.integers(0, 6, 150), rng.integers(0, 90, 150), strict=True)], 6, 91
+        )
+        model = self.make()
+        model.fit(data, FitContext(seed=1))
+        found, scores = model.topk(queries_of([0, 1, 2, 3], [88]), 91)
+        assert found.max() < 91
+        assert not np.isnan(scores).any()
+        assert model.similar(np.arange(91, dtype=np.int32), 7)[0].max() < 91
+
     # -- fitting and keeping
 
     def test_the_same_seed_gives_the_same_bits_and_refit_equals_fresh_fit(self, data: Dataset) -> None:
