@@ -30,10 +30,10 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One local Ray for the whole test session; yields its GCS address."""
+    """One local Ray with a dashboard for the whole test session; yields its GCS address."""
     from maple.cluster_ray import start_local, stop_local
 
-    context = start_local(num_cpus=4, object_store_bytes=300 << 20, dashboard=False, test=True)
+    context = start_local(num_cpus=4, object_store_bytes=300 << 20, dashboard=True, test=True)
     yield context.address
     stop_local()
 

@@ -24,6 +24,7 @@ APP = "maple"
 CONFIGS = Path(__file__).parent.parent.parent / "serve_configs"
 _WAIT_S = 120.0
 _REASON_CHARS = 1000
+_ERROR = re.compile(r"[\w.()]*(Error|Exception|Timeout)[\w.()]*: \S")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 log = logging.getLogger("maple.serve")
@@ -104,11 +105,15 @@ def deploy(
     """
     say = say or (lambda text: None)
     client = _client()
+    from ray import serve
+
     bound = (_details(client).get("http_options") or {}).get("port")
     if bound and port not in (None, bound):
         raise ServeError(
             f"Serve on this cluster listens on port {bound} and cannot move to {port}: leave the port out, or shut it down first"
         )
+    if not bound:
+        serve.shutdown()  # nothing runs; this makes Ray forget a controller that ended, so that handles find the new one
     document = render(read_shape(config), settings, pointer, host, port or bound or free_ports(1)[0])
     (application,) = document["applications"]
     say(f"deploying the {application['args']['placement']} placement of bundle {pointer.serve[:12]}")
@@ -167,7 +172,9 @@ def shutdown() -> None:
     client = _client()
     if not _details(client).get("applications"):
         return
-    client.delete_applications()
+    from ray import serve
+
+    serve.shutdown()
     limit = time.monotonic() + _WAIT_S
     while _details(client).get("applications"):
         if time.monotonic() > limit:
@@ -179,12 +186,16 @@ def shutdown() -> None:
 
 
 def _client() -> Any:
-    """Ray's own REST client (the one of ``serve deploy``); it sends the cluster's token."""
+    """Ray's own REST client (the one of ``serve deploy``); it sends the cluster's token.
+
+    Ray is imported inside functions here: it reads its flags and token when it is imported, and a cluster may start after this module.
+    """
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     if not ray.is_initialized():
         raise ServeError("this process is not connected to a Ray cluster; start one with maple.cluster_ray.start_local or attach() first")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process is a client; what replicas log is theirs
     dashboard = ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR).dashboard_url
     if not dashboard:
         raise ServeError("this Ray cluster has no dashboard, and Serve is deployed through it; start the cluster with its dashboard")
@@ -202,10 +213,16 @@ def _details(client: Any) -> dict[str, Any]:
 
 
 def _apply(client: Any, document: Mapping[str, Any]) -> None:
-    try:
-        client.deploy_applications(dict(document))
-    except RuntimeError as error:
-        raise ServeError(f"Serve refused the deployment: {_last_words(str(error))}") from None
+    """Hand a document over; once more if Serve itself failed to start, which a busy machine makes it do. The call is idempotent."""
+    for attempt in (1, 2):
+        try:
+            client.deploy_applications(dict(document))
+            return
+        except RuntimeError as error:
+            if attempt == 2 or "status code 5" not in str(error):
+                raise ServeError(f"Serve refused the deployment: {_last_words(str(error))}") from None
+            log.warning("Serve did not start (%s); trying once more", _last_words(str(error)))
+            time.sleep(1.0)
 
 
 def _deployed(client: Any) -> tuple[dict[str, Any], Pointer]:
@@ -249,7 +266,8 @@ def _reason(application: Mapping[str, Any]) -> str:
 def _last_words(text: str) -> str:
     """The error itself: Ray puts it below the frames of several processes, in colours."""
     lines = [line.strip() for line in _COLOURS.sub("", text).splitlines() if line.strip()]
-    return lines[-1][-_REASON_CHARS:] if lines else "no reason given"
+    named = [line for line in lines if _ERROR.match(line)]
+    return (named or lines or ["no reason given"])[-1][-_REASON_CHARS:]
 
 
 def _await_pointer(document: Mapping[str, Any], pointer: Pointer, needed: set[str]) -> None:

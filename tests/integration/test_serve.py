@@ -1,0 +1,173 @@
+"""The service on Ray Serve behind HAProxy: both placements, real bundles with a ranker, events, garbage, promotion, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from taste_shop import group, publish, publish_ranked
+
+from maple.artifacts import Place
+from maple.errors import ConfigError, ServeError
+from maple.serve import deploy, rollout
+from maple.serve.client import ApiError, Client
+from maple.train.release import Ledger
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+GARBAGE = [
+    b"", b"{", b"NaN", b'{"user_id":"u","k":1e400}', b'{"user_id":"\\ud800"}', b'{"user_id":"u","k":true}', b'{"user_id":"u","k":1000000}',
+    b"\xff\xfe", b"[" * 50_000, b'{"user_id":"u","user_id":"v"}', b'{"user_id":"u","history":[{}]}', b" " * (300 << 10),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A home with a ranked bundle, released, and a plain one."""
+    home = tmp_path_factory.mktemp("home")
+    first, second = publish_ranked(home, "popularity", "item-knn"), publish(home, "popularity", "ease")
+    Ledger.open(Place.at(home)).promote(first)
+    return home, first, second
+
+
+@pytest.fixture(scope="module", params=["fused", "split"])
+def service(request: pytest.FixtureRequest, shop: tuple[Path, str, str], ray_local: str) -> Iterator[tuple[deploy.Address, Path, str, str]]:
+    """The service in one placement, ended afterwards."""
+    home, first, second = shop
+    store = home / f"{request.param}.sqlite"
+    # Generous, because a test machine may be busy: what is late here is not what this test is about.
+    settings = {"home": str(home), "store": {"path": str(store)}, "deadline_ms": 5000.0}
+    address = deploy.deploy(request.param, settings, deploy.Pointer(first, 1))
+    yield address, home, first, second
+    deploy.shutdown()
+    assert deploy.where() is None
+
+
+def bought(user: str, item: str) -> dict[str, Any]:
+    return {"user_id": user, "item_id": item, "event": "purchase", "event_id": f"{user}/{item}"}
+
+
+def test_answers_and_events(service: tuple[deploy.Address, Path, str, str]) -> None:
+    address, _, first, _ = service
+    with Client(address.url) as client:
+        info = client.info()
+        assert (info["bundle"], info["generation"]) == (first, 1)
+        cold = client.recommend("anna", 10)
+        assert (cold["bundle"], cold["degraded"], cold["path"][0], len(cold["items"])) == (first, [], "cold", 10)
+        assert client.events([bought("anna", "i5"), bought("anna", "i9"), bought("anna", "i9")]) | {"request_id": ""} == {
+            "request_id": "", "accepted": 2, "duplicates": 1,
+        }  # fmt: skip
+        warm = client.recommend("anna", 10)
+        assert warm["degraded"] == []
+        assert warm["path"] == ["retrieve", "rank", "finish"]
+        assert [item["item_id"] for item in warm["items"]] != [item["item_id"] for item in cold["items"]]
+        because = [item for item in warm["items"] if item["reason"]["kind"] == "because"]
+        assert because
+        assert all(group(item["item_id"]) == 1 for item in because)
+        assert {"retrieve", "rank", "finish", "total"} <= warm["latency_ms"].keys()
+        assert client.recommend("anna", 10)["path"][0] == "cache"
+        assert all(group(item["item_id"]) == 1 for item in client.similar("i5", 3)["items"])
+        with pytest.raises(ApiError) as caught:
+            client.similar("no such item")
+        assert (caught.value.status, caught.value.kind) == (404, "unknown_item")
+
+
+def test_garbage_is_refused_and_harms_nothing(service: tuple[deploy.Address, Path, str, str]) -> None:
+    address = service[0]
+
+    async def send() -> list[tuple[int, Any]]:
+        out = []
+        async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as session:
+            for path in ("/v1/recommendations", "/v1/events"):
+                for body in GARBAGE:
+                    async with session.post(address.url + path, data=body) as answer:
+                        out.append((answer.status, await answer.json()))
+        return out
+
+    for status, body in asyncio.run(send()):
+        assert 400 <= status < 500
+        assert body["error"]["message"]
+        assert body["request_id"]
+    request = urllib.request.Request(f"{address.url}/v1/info", headers={"x-request-id": "mine-1"})
+    with urllib.request.urlopen(request) as answer:
+        assert answer.headers.get_all("x-request-id") == ["mine-1"]
+        assert json.load(answer)["generation"] == 1
+
+
+def test_promotion_under_load_fails_nothing_and_mixes_nothing(service: tuple[deploy.Address, Path, str, str]) -> None:
+    address, home, first, second = service
+    ledger = Ledger.open(Place.at(home))
+    if ledger.read().champion != first:
+        rollout.rollback(ledger, deploy.deployed())
+    start = ledger.read().generation
+    pids = _replica_pids()
+    answers: list[dict[str, Any]] = []
+    faults: list[Exception] = []
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        with Client(address.url) as client:
+            while not stop.is_set():
+                try:
+                    answers.append(client.recommend(f"load-{number}-{len(answers)}", 5))
+                except ServeError as error:
+                    faults.append(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        release = rollout.promote(ledger, deploy.deployed(), second)
+        assert (release.champion, release.generation) == (second, start + 1)
+        with pytest.raises(ServeError, match="cannot load bundle"):
+            rollout.promote(ledger, deploy.deployed(), "0" * 64)
+        assert ledger.read() == release, "a bundle that cannot be served is not released"
+        back = rollout.rollback(ledger, deploy.deployed())
+        assert back.champion == first
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not faults
+    ranked = {first: {"popularity", "item-knn"}, second: {"popularity", "ease"}}
+    assert {answer["bundle"] for answer in answers} == set(ranked)
+    for answer in answers:
+        assert {item["source"] for item in answer["items"]} <= ranked[answer["bundle"]] | {"fallback"}
+    assert _replica_pids() == pids, "promotion restarts nothing"
+    with Client(address.url) as client:
+        info = client.info()
+        assert (info["bundle"], info["generation"], info["failed"]) == (first, back.generation, {})
+
+
+def test_nothing_of_the_api_listens_beyond_this_machine(service: tuple[deploy.Address, Path, str, str]) -> None:
+    import psutil
+
+    port = service[0].port
+    listening = {(c.laddr.ip, c.laddr.port) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    low, high = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
+    assert ("127.0.0.1", port) in listening
+    assert {ip for ip, at in listening if at == port or low <= at <= high} == {"127.0.0.1"}
+
+
+def test_what_cannot_be_deployed_says_why(shop: tuple[Path, str, str], ray_local: str) -> None:
+    home, first, _ = shop
+    with pytest.raises(ConfigError, match="Did you mean 'threads'"):
+        deploy.deploy("fused", {"home": str(home), "thread": 3}, deploy.Pointer(first, 1))
+    with pytest.raises(ConfigError, match="Did you mean 'fused'"):
+        deploy.deploy("fuzed", {"home": str(home)}, deploy.Pointer(first, 1))
+    with pytest.raises(ServeError, match="has no manifest"):
+        deploy.deploy("fused", {"home": str(home)}, deploy.Pointer("1" * 64, 1))
+    deploy.shutdown()
+
+
+def _replica_pids() -> set[int]:
+    details = deploy._details(deploy._client())
+    return {replica["pid"] for each in details["applications"][deploy.APP]["deployments"].values() for replica in each["replicas"]}
