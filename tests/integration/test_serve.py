@@ -19,6 +19,7 @@ from maple.artifacts import Place
 from maple.errors import ConfigError, ServeError
 from maple.serve import deploy, rollout
 from maple.serve.client import ApiError, Client
+from maple.serve.settings import ServeSettings
 from maple.train.release import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -155,6 +156,24 @@ def test_nothing_of_the_api_listens_beyond_this_machine(service: tuple[deploy.Ad
     low, high = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
     assert ("127.0.0.1", port) in listening
     assert {ip for ip, at in listening if at == port or low <= at <= high} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(("name", "deployments"), [("fused", {"Ingress"}), ("split", {"Ingress", "Candidates", "Ranker"})])
+def test_committed_shapes_render_to_what_serve_accepts(name: str, deployments: set[str], ray_local: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    document = deploy.render(deploy.read_shape(name), {"home": "/srv/maple"}, deploy.Pointer("a" * 64, 3, "b" * 64), None, 8123)
+    checked = ServeDeploySchema.model_validate(document)
+    (application,) = checked.applications
+    assert {each.name for each in application.deployments} == deployments
+    assert (checked.http_options.host, checked.http_options.port) == ("127.0.0.1", 8123)
+    assert ServeSettings.parse(application.args, "args").placement == name
+    for each in application.deployments:
+        assert each.user_config == {"serve": "a" * 64, "generation": 3, "also": "b" * 64}
+        assert 0 < each.max_queued_requests < 10_000
+        assert 0 < each.max_ongoing_requests < 10_000
+        assert each.autoscaling_config is not None
+    assert sum(each.ray_actor_options.num_cpus for each in application.deployments) <= 1, "it fits on two cores beside other work"
 
 
 def test_what_cannot_be_deployed_says_why(shop: tuple[Path, str, str], ray_local: str) -> None:
