@@ -236,14 +236,17 @@ def tensors_of(data: bytes) -> dict[str, npt.NDArray[Any]]:
 # -- pointers ----------------------------------------------------------------------------------------------------------
 
 
+_FOLDERS = {"snapshot": "snapshots", "features": "features", "run": "runs"}
+
+
 def point(home: Place, kind: Literal["snapshot", "features", "run"], name: str) -> None:
     """Make ``name`` the latest artifact of its kind in this home."""
-    (home / f"{kind}s" / "latest.json").write(json.dumps({"name": name}).encode())
+    (home / _FOLDERS[kind] / "latest.json").write(json.dumps({"name": name}).encode())
 
 
 def latest(home: Place, kind: Literal["snapshot", "features", "run"]) -> str:
     """The name of the latest artifact of a kind; ``ArtifactError`` says which command makes one."""
-    place = home / f"{kind}s" / "latest.json"
+    place = home / _FOLDERS[kind] / "latest.json"
     maker = {"snapshot": "maple ingest", "features": "maple features build", "run": "maple train"}[kind]
     if not place.exists():
         raise ArtifactError(f"{home.uri} has no {kind} yet; make one with `{maker}`, or point MAPLE_HOME to where one is")

@@ -177,12 +177,13 @@ def attach(address: str | None = None) -> str:
                 f"no Ray cluster answers at {address or 'the default address'}: {error}. "
                 "Start one with `ray start --head` (with the flags of maple/ray.env), or leave RAY_ADDRESS unset for a local one."
             ) from None
+    for name in ("ray.data", "ray.serve"):  # their remarks in passing are not for whoever runs a step
+        logging.getLogger(name).setLevel(logging.ERROR)
     import ray.data
 
     quiet_data = ray.data.DataContext.get_current()
     quiet_data.enable_progress_bars = False
     quiet_data.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     return str(ray.get_runtime_context().gcs_address)
 
 

@@ -17,14 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maple.artifacts import MANIFEST, Place, latest, open_manifest, point, read_file, seal, tensor_bytes, tensors_of, write_file
+from maple.cluster_ray import connect, dashboard
 from maple.config import maple_home
 from maple.data.dataset import Dataset
 from maple.data.etl import bucket_of
+from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
+from maple.data.sources import load_source
 from maple.data.splits import Boundaries, split_of
 from maple.errors import ArtifactError
-from maple.evaluate.compare import default_metrics, evaluation_rows
+from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
+from maple.evaluate.metrics import LIST_LEVEL
 from maple.features.build import FeatureArtifact
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
@@ -33,7 +37,7 @@ from maple.hashing import combine, rng
 from maple.models.base import FitContext
 from maple.recommend.bundle import Bundle, load
 from maple.recommend.settings import PipelineSettings
-from maple.run import RunConfig, merged
+from maple.run import SIMULATED, RunConfig, merged
 from maple.train import objectives
 from maple.train.fit import Say, fit_pipeline, fit_sources, lists_of_pipeline, lists_of_source, ranker_rows
 from maple.train.registry import Tracking
@@ -58,12 +62,6 @@ class StepResult:
 
 def ingest(config: RunConfig, say: Say) -> StepResult:
     """Source -> validated, immutable snapshot."""
-    from maple.cluster_ray import connect
-    from maple.data.ingest_ray import ingest as ingest_ray
-    from maple.data.simulate import simulate, write
-    from maple.data.sources import load_source
-    from maple.run import SIMULATED
-
     home = Place.at(maple_home())
     if config.data == SIMULATED:
         say("simulating a shop")
@@ -72,6 +70,8 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
     else:
         source, root = load_source(config.data)
     connect(say)
+    from maple.data.ingest_ray import ingest as ingest_ray  # Ray reads its flags on import: only after connecting
+
     snapshot = ingest_ray(source, root, home, rows_per_bucket=config.ingest.rows_per_bucket, progress=say)
     events = snapshot.report().events
     summary = (
@@ -83,12 +83,11 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
 
 def features(config: RunConfig, say: Say) -> StepResult:
     """Snapshot -> point-in-time features, by Ray Data over buckets."""
-    from maple.cluster_ray import connect
-    from maple.features.build_ray import build
-
     home = Place.at(maple_home())
     snapshot = Snapshot.open(home)
     connect(say)
+    from maple.features.build_ray import build
+
     built = build(snapshot, _spec(config, snapshot), home, say)
     spec = built.spec
     summary = f"{built.num_rows:,} point-in-time rows, {len(spec.views)} views, {len(spec.columns)} columns"
@@ -134,11 +133,10 @@ class Material:
 
 def tune(config: RunConfig, say: Say) -> StepResult:
     """Search hyper-parameters on the validation part; what is found is used by the steps after it."""
-    from maple.cluster_ray import connect
-    from maple.train import tune_ray
-
     material = Material.open(config, say)
     connect(say)
+    from maple.train import tune_ray
+
     home, asked = material.home, config.tune
     found: dict[str, dict[str, Any]] = {}
     tables: list[tuple[str, list[str], list[list[str]]]] = []
@@ -289,11 +287,10 @@ def evaluate_step(config: RunConfig, say: Say) -> StepResult:
         ]
     seal(folder, "evaluation", {"run": run.name, "models": list(found)}, files)
     baseline = config.evaluate.baseline if config.evaluate.baseline in found else "pipeline"
-    metrics = default_metrics(found["pipeline"])
-    rows = evaluation_rows(found, baseline, metrics)
+    tables = evaluation_tables(found, baseline)
     with Tracking.open(home).run("evaluate", run.name, tags={"bundle": run.bundle.digest or ""}) as record:
         record.metrics({f"{name}/{metric}": value for name, result in found.items() for metric, value in result.means.items()})
-    best = metrics[0] if "ndcg@10" not in metrics else "ndcg@10"
+    best = default_metrics(found["pipeline"])[0]
     own, base = found["pipeline"].means[best], found[baseline].means[best]
     summary = (
         f"{len(relevant):,} test users; {best} {own:.4f}, {own / base:.2f} x {baseline}"
@@ -301,7 +298,29 @@ def evaluate_step(config: RunConfig, say: Say) -> StepResult:
         else f"{len(relevant):,} test users; {best} {own:.4f}"
     )
     facts = {name: dict(result.means) for name, result in found.items()}
-    return StepResult(summary, tables=(("Evaluation on the test part", rows[0], rows[1:]),), facts=facts)
+    return StepResult(summary, tables=tables, facts=facts)
+
+
+def evaluation_tables(found: Mapping[str, Evaluation], baseline: str) -> Tables:
+    """Accuracy with the paired difference to the baseline, and what lists are like beyond it; narrow enough for a terminal."""
+    rows = summary(found, baseline)
+    first, *others = [cell.metric for cell in rows[0].cells]
+    accuracy = [name for name in others if name.split("@")[0] not in LIST_LEVEL]
+    beyond = [name for name in others if name not in accuracy]
+    out: list[tuple[str, list[str], list[list[str]]]] = []
+    header = ["model", first, "95 % interval", f"vs {baseline}", *accuracy]
+    body = []
+    for row in rows:
+        cells = {cell.metric: cell for cell in row.cells}
+        lead = cells[first]
+        spread = "-".join(format_value(first, bound) for bound in lead.interval) if lead.interval else ""
+        lift = "" if row.baseline else format_difference(lead.difference)
+        body.append([row.model, format_value(first, lead.mean), spread, lift, *(format_value(m, cells[m].mean) for m in accuracy)])
+    out.append((f"Accuracy on the test part (* = the paired difference to {baseline} is more than chance)", header, body))
+    if beyond:
+        lists = [[row.model, *(format_value(cell.metric, cell.mean) for cell in row.cells if cell.metric in beyond)] for row in rows]
+        out.append(("Beyond accuracy", ["model", *beyond], lists))
+    return tuple(out)
 
 
 # -- release -----------------------------------------------------------------------------------------------------------
@@ -430,13 +449,12 @@ def recommend(user: str, k: int) -> tuple[list[str], list[list[str]], str]:
 
 def serve(config: RunConfig, say: Say) -> StepResult:
     """Deploy the champion on the connected cluster, with the online store filled from the snapshot."""
-    from maple.cluster_ray import connect
-    from maple.serve import deploy
-    from maple.serve.rollout import pointer_to
-
     home = Place.at(maple_home())
     release = Ledger.open(home).champion()
     connect(say)
+    from maple.serve import deploy
+    from maple.serve.rollout import pointer_to
+
     settings = serve_settings(config, home)
     if config.serve.backfill:
         _backfill(home, release, settings, say)
@@ -479,8 +497,6 @@ def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: S
 
 def serve_until_interrupted(config: RunConfig, show: Callable[[str], None]) -> None:
     """Serve in the foreground; Ctrl-C ends the service and the local Ray that this command started."""
-    from maple.cluster_ray import dashboard
-
     result = serve(config, show)
     show(f"[bold]{result.summary}[/bold]  docs {result.facts['url']}/docs" + (f"  dashboard {dashboard()}" if dashboard() else ""))
     show("Ctrl-C stops it")

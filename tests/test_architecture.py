@@ -24,7 +24,7 @@ LAYERS = [
     {"train"},
     {"experiment", "monitor"},
     {"serve"},
-    {"steps", "demo", "doctor", "cli", "jobs"},
+    {"run", "steps", "demo", "doctor", "cli", "jobs"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -114,6 +114,10 @@ class Board:
     Use it as a context: it opens and closes the search's run in MLflow.
     """
 
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing: Ray Tune writes a copy of its search algorithm that nobody reads, and ``progress`` may hold a terminal."""
+        return {}
+
     def __init__(
         self,
         folder: Place,
