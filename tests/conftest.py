@@ -8,16 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REQUIRED = set(filter(None, os.environ.get("MAPLE_REQUIRE", "").split(",")))
-
-
-def require(name: str, present: bool, why: str) -> None:
-    """Skip a test whose ``name`` (data, redis, browser) is absent, or fail it where ``MAPLE_REQUIRE`` names it."""
-    if present:
-        return
-    if name in REQUIRED:
-        pytest.fail(f"MAPLE_REQUIRE names {name}, but {why}")
-    pytest.skip(why)
+from needs import require
 
 
 @pytest.fixture(scope="session")
