@@ -3,8 +3,9 @@
     python benchmarks/serving.py [--home MAPLE_HOME]
 
 The bundle is the champion of the home; without one a bundle with the default pipeline is fitted on a simulated shop. Every
-request asks for another user who has a history, the response cache is off, and the clients run on the same machine, so
-figures are for the machine as a whole. CPU is that of all processes that serve (replicas, proxies, HAProxy), per answer.
+request asks for another user who has a history, and the clients run on the same machine, so figures are for the machine as a
+whole. The response cache is off and the deadline far away, so that every answer is the whole work, as it is in the bare
+process. CPU is that of all processes that serve (replicas, proxies, HAProxy), per answer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import socket
 import sqlite3
 import subprocess
@@ -31,10 +33,12 @@ from harness import row, show, upsert
 from load import Load, closed
 
 from maple.artifacts import Place
+from maple.cluster_ray import ray_flags
 from maple.errors import MapleError
 
 COMMAND = "python benchmarks/serving.py"
 CLIENTS = (1, 8, 32)
+DEADLINE_MS = 20_000.0
 BARE = "bare FastAPI/uvicorn, same pipeline"
 
 
@@ -142,7 +146,8 @@ def bare(home: Path, digest: str) -> Iterator[tuple[str, Callable[[], list[psuti
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, __file__, "--bare", str(port), "--home", str(home), "--digest", digest])
+    command = [sys.executable, __file__, "--bare", str(port), "--home", str(home), "--digest", digest]
+    process = subprocess.Popen(command, env={**os.environ, **ray_flags(), "OMP_NUM_THREADS": "1"})  # as replicas have it
     try:
         url = f"http://127.0.0.1:{port}"
         _until_healthy(url, process)
@@ -171,7 +176,7 @@ def maple(home: Path, digest: str, placement: str) -> Iterator[tuple[str, Callab
     """Maple on the running local cluster, without response cache: its URL, and the processes that serve."""
     from maple.serve import deploy
 
-    address = deploy.deploy(placement, {"home": str(home), "cache": {"size": 0}}, deploy.Pointer(digest, 1))
+    address = deploy.deploy(placement, {"home": str(home), "cache": {"size": 0}, "deadline_ms": DEADLINE_MS}, deploy.Pointer(digest, 1))
     try:
         yield address.url, serving_processes
     finally:

@@ -22,7 +22,6 @@ import numpy as np
 
 from maple import __version__
 from maple.errors import DataError, MapleError
-from maple.features.catalogue import Catalogue
 from maple.features.folder import Folder, Rows
 from maple.features.spec import FeatureSpec
 from maple.features.states import UserState
@@ -293,7 +292,7 @@ def folder_of(bundle: Bundle) -> Folder:
     """What folds events into the features of a bundle; only the history where it has no features."""
     plain = {"views": [], "history_limit": bundle.settings.history_limit}
     spec = bundle.features.spec if bundle.features is not None else FeatureSpec.parse(plain, "feature spec")
-    return Folder(spec, Catalogue.from_table(bundle.space.items, bundle.space.item_table))
+    return Folder(spec, bundle.catalogue)
 
 
 def _filters(bundle: Bundle, request: RecommendationRequest) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_promotion_under_load_fails_nothing_and_mixes_nothing(service: tuple[dep
     with Client(address.url) as client:
         info = client.info()
         assert (info["bundle"], info["generation"], info["failed"]) == (first, back.generation, {})
+
+
+def test_the_figures_of_serving_are_among_rays_metrics(service: tuple[deploy.Address, Path, str, str]) -> None:
+    import ray
+
+    with Client(service[0].url) as client:
+        client.recommend("measured", 3)
+    node = ray.nodes()[0]
+    limit, text = time.monotonic() + 60, ""
+    wanted = ("ray_maple_requests_total", "ray_maple_latency_ms_bucket", "ray_maple_stage_ms_sum", 'stage="ranker"', 'endpoint="events"')
+    while not all(name in text for name in wanted):
+        assert time.monotonic() < limit, [name for name in wanted if name not in text]
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
 
 
 def test_nothing_of_the_api_listens_beyond_this_machine(service: tuple[deploy.Address, Path, str, str]) -> None:
