@@ -30,11 +30,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import row, show, upsert
-from load import Load, closed
 
 from maple.artifacts import Place
 from maple.cluster_ray import ray_flags
 from maple.errors import MapleError
+from maple.serve.load import Load, closed
 
 COMMAND = "python benchmarks/serving.py"
 CLIENTS = (1, 8, 32)
@@ -132,7 +132,7 @@ def serve_bare(home: Path, digest: str, port: int) -> None:
 
     async def recommend(asked: Asked) -> dict[str, Any]:
         items = await asyncio.get_running_loop().run_in_executor(threads, answer, asked)
-        return {"bundle": digest, "degraded": [], "items": items}
+        return {"bundle": digest, "degraded": [], "latency_ms": {}, "items": items}
 
     recommend.__annotations__ = {"asked": Asked, "return": dict[str, Any]}  # the class is local; FastAPI wants the class itself
     app.post("/v1/recommendations")(recommend)
