@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +67,17 @@ def test_random_then_tpe_with_early_stopping_and_every_trial_in_mlflow(tmp_path:
     tracking = Tracking.open(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
     given = {"rate": 1.0, "layers": [8]}
     seen: list[Trial] = []
+    terminal = threading.Lock()  # Ray pickles its search algorithm; what shows progress cannot be pickled
     curve = make_curve()
+
+    def show(trial: Trial) -> None:
+        with terminal:
+            seen.append(trial)
 
     def ask(data: np.ndarray | None) -> TuneResult:
         return tune(
             curve, data, SPACE, name="toy", home=Place.at(tmp_path), metric="ndcg@20", random_trials=6, tpe_trials=6, given=[given],
-            halving=Halving(steps=9), cpus=0.5, tracking=tracking, progress=seen.append,
+            halving=Halving(steps=9), cpus=0.5, tracking=tracking, progress=show,
         )  # fmt: skip
 
     result = ask(np.full(1 << 16, 2.0))
