@@ -29,7 +29,7 @@ class FeatureSpec(Section):
     views: tuple[str, ...] = Field(tuple(VIEW_IDS), description="names of the views, e.g. user.activity; all by default")
     half_lives: tuple[float, ...] = Field((1.0, 7.0, 30.0), description="memory of decayed counts in days, ascending")
     tick_hours: float = Field(24.0, gt=0, description="item features change once per tick")
-    history_limit: int = Field(200, ge=1, description="events of a user that a request sees one by one; folds see them all")
+    history_limit: int = Field(500, ge=1, description="events of a user that a request sees one by one; folds see them all")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -108,7 +108,7 @@ class RerankSettings(Section):
 class PipelineSettings(Section):
     """Everything about one pipeline that is not learned."""
 
-    history_limit: Annotated[int, Field(ge=1, le=10_000)] = 200  # the last events that represent a user, offline and online
+    history_limit: Annotated[int, Field(ge=1, le=10_000)] = 500  # the last events that represent a user, offline and online
     repeats: bool = True  # whether items that the user has bought may be recommended again
     bought: list[str] = Field(default_factory=lambda: ["purchase"])  # event kinds that count as bought where repeats is false
     max_candidates: Annotated[int, Field(ge=1, le=100_000)] = 600  # per request, after merging the sources
