@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from maple.errors import ArtifactError, MapleError
-from maple.serve import rollout
+from maple.serve import deploy, rollout
 from maple.serve.api import Id, RequestError, Text, Wire
 from maple.serve.http import Boundary, read_request, refused
 from maple.train.release import Ledger, Release
@@ -59,7 +60,15 @@ def create_admin(ledger: Ledger, replicas: Callable[[], rollout.Replicas | None]
 
     app.exception_handler(RequestError)(refused)
     app.add_middleware(Boundary)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])  # no page of another site may speak to it
     return app
+
+
+def run(home: str, port: int) -> None:
+    """Serve the admin application of a home on loopback until interrupted; this process must be connected to the cluster."""
+    import uvicorn
+
+    uvicorn.run(create_admin(Ledger.open(home), deploy.deployed), host="127.0.0.1", port=port, log_level="warning")
 
 
 async def _change(change: Callable[[], Release]) -> Response:

@@ -116,6 +116,7 @@ def deploy(
         serve.shutdown()  # nothing runs; this makes Ray forget a controller that ended, so that handles find the new one
     document = render(read_shape(config), settings, pointer, host, port or bound or free_ports(1)[0])
     (application,) = document["applications"]
+    _refuse_sqlite_on_many_nodes(application["args"])
     say(f"deploying the {application['args']['placement']} placement of bundle {pointer.serve[:12]}")
     _apply(client, document)
     _await_running(client)
@@ -203,6 +204,18 @@ def _client() -> Any:
         return ServeSubmissionClient(dashboard if "://" in dashboard else f"http://{dashboard}")
     except ConnectionError as error:
         raise ServeError(f"the Ray dashboard at {dashboard} does not answer: {error}") from None
+
+
+def _refuse_sqlite_on_many_nodes(args: Mapping[str, Any]) -> None:
+    """``ConfigError`` where replicas on several nodes would each have a store of their own."""
+    import ray
+
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    if args["store"]["kind"] == "sqlite" and nodes > 1:
+        raise ConfigError(
+            f"the SQLite store serves one node, and this cluster has {nodes}: replicas on different nodes would see different events. "
+            "Use a Redis store (store: {kind: redis, url: redis://...})."
+        )
 
 
 def _details(client: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from maple.hashing import combine
 from maple.recommend.bundle import Bundle, UnknownItem
 from maple.recommend.engine import Deadline, Observer, Pipeline, Query, RemoteSegment, Segment, Slates
 from maple.schema import EVENT_CODES, EVENT_TYPES
-from maple.serve.api import EventIn, Range, RecommendationRequest, RequestError, rounded
+from maple.serve.api import EventIn, HistoryEvent, Range, RecommendationRequest, RequestError, rounded
 from maple.serve.batcher import Batcher
 from maple.serve.cache import ResponseCache
 from maple.serve.http import Call
@@ -126,11 +126,20 @@ class LocalService:
         folder = folder_of(bundle)
         if self.store is None:
             self.store = self.open_store(folder)
-        question = RecommendationRequest(user_id="maple-warm-up")
-        state = self.store.get([question.user_id], folder)[question.user_id]
-        pipeline.run([self._query(bundle, question, state, "warm-up")], explain=True, on_error="degrade")
+        self._warm_up(bundle, pipeline, folder)
         answer = partial(self._run, pipeline, self.remote(bundle.digest))
         return Held(bundle.digest, bundle, pipeline, folder, Batcher(answer, max_batch=self.settings.max_batch, workers=self.settings.runs))
+
+    def _warm_up(self, bundle: Bundle, pipeline: Pipeline, folder: Folder) -> None:
+        """Ask for a user with a history and one without: what compiles, maps or connects on first use does it now."""
+        assert self.store is not None, "prepare has opened the store"
+        history = [HistoryEvent.model_validate(dict(zip(("item_id", "event", "timestamp"), event, strict=True))) for event in _past(bundle)]
+        known = RecommendationRequest(user_id="maple-warm-up", history=history)
+        unknown = RecommendationRequest(user_id="maple-warm-up")
+        states = (_given(folder, known), self.store.get([unknown.user_id], folder)[unknown.user_id])
+        queries = [self._query(bundle, asked, state, "warm-up") for asked, state in zip((known, unknown), states, strict=True)]
+        for batch in (queries[:1], queries):
+            bundle.decode(pipeline.run(batch, explain=True, on_error="degrade"))
 
     def hold(self, ready: Mapping[str, Held], serve: str, generation: int) -> None:
         """From now on ``serve`` answers and exactly these bundles are held.
@@ -293,6 +302,11 @@ def folder_of(bundle: Bundle) -> Folder:
     plain = {"views": [], "history_limit": bundle.settings.history_limit}
     spec = bundle.features.spec if bundle.features is not None else FeatureSpec.parse(plain, "feature spec")
     return Folder(spec, bundle.catalogue)
+
+
+def _past(bundle: Bundle) -> list[tuple[str, str, int]]:
+    """A history to ask with: the longest of the bundle's canaries."""
+    return max((list(canary.history) for canary in bundle.canaries), key=len, default=[])
 
 
 def _filters(bundle: Bundle, request: RecommendationRequest) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_the_admin_application(ledger: Ledger, bundles: tuple[Path, str, str]) -
     app = create_admin(ledger, lambda: fake)
 
     async def scenario() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
             return [
                 await client.post("/promote", json={"digest": first, "note": "the first"}),
                 await client.post("/promote", json={"digest": second, "expected_generation": 0}),
@@ -158,15 +158,17 @@ def test_the_admin_application(ledger: Ledger, bundles: tuple[Path, str, str]) -
                 await client.post("/rollback", json={}),
                 await client.post("/rollback", json={"extra": 1}),
                 await client.get("/status"),
+                await client.get("/status", headers={"host": "evil.example"}),
             ]
 
-    promoted, stale, second_, nonsense, back, extra, status = asyncio.run(scenario())
+    promoted, stale, second_, nonsense, back, extra, status, foreign = asyncio.run(scenario())
     assert (promoted.status_code, promoted.json()["champion"]) == (200, first)
     assert (stale.status_code, stale.json()["error"]["type"]) == (409, "not_changed")
     assert second_.json()["generation"] == 2
     assert nonsense.status_code == 422
     assert back.json()["champion"] == first
     assert extra.status_code == 422
+    assert foreign.status_code == 400
     assert [each["action"] for each in status.json()["history"]] == ["rollback", "promote", "promote"]
     assert fake.told[-1] == ("flip", first, 3)
 
