@@ -198,9 +198,7 @@ def _page(config: RunConfig, story: Story, cards: list[Card], stages: list[tuple
         Section("What this is", (TextBlock(_verdict(evaluations, baseline), "lead"),)),
         *evaluation_sections(evaluations, baseline),
         examples_section(cards, note="Asked of the running service over HTTP."),
-        latency_section(
-            stages, note=f"{len(load.answers)} requests by {CLIENTS} clients: {load.throughput:.0f} requests/s."
-        ),
+        latency_section(stages, note=f"{len(load.answers)} requests by {CLIENTS} clients: {load.throughput:.0f} requests/s."),
         ingest_section(
             events.rows_in, events.rows_clean, quarantined, converted={name: count for name, count in converted.items() if count > 0}
         ),
@@ -245,8 +243,4 @@ def _tuning(found: Mapping[str, Any]) -> list[TuningRun]:
 def _stay(url: str) -> None:
     tracking = f"mlflow ui --backend-store-uri sqlite:///{maple_home()}/mlflow.db"
     console.print(f"\nAPI        {url}/docs\nDashboard  {dashboard()}\nMLflow     {tracking}\n\nCtrl-C ends it.")
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        console.print()
+    steps.follow_ledger(console.print)

@@ -25,7 +25,7 @@ from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
 from maple.data.sources import load_source
 from maple.data.splits import Boundaries, split_of
-from maple.errors import ArtifactError
+from maple.errors import ArtifactError, MapleError
 from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
 from maple.evaluate.metrics import LIST_LEVEL
@@ -40,7 +40,7 @@ from maple.recommend.settings import PipelineSettings
 from maple.run import SIMULATED, RunConfig, merged
 from maple.train import objectives
 from maple.train.fit import Say, fit_pipeline, fit_sources, lists_of_pipeline, lists_of_source, ranker_rows
-from maple.train.registry import Tracking
+from maple.train.registry import Tracking, mirror, register
 from maple.train.release import Ledger, Release
 from maple.train.rows import Rows
 
@@ -331,8 +331,6 @@ def publish(config: RunConfig, say: Say) -> StepResult:
 
     The sources of the evaluated run are the ones fitted before the new T1, so only rows, ranker and the final sources are made.
     """
-    from maple.train.registry import mirror, register
-
     material = Material.open(config, say)
     run = TrainedRun.open(material.home)
     metrics = _evaluated(material.home, run.name)
@@ -376,21 +374,11 @@ def read_evaluations(home: Place, name: str) -> dict[str, Evaluation]:
     }
 
 
-def resolve(home: Place, prefix: str) -> str:
-    """The one bundle whose digest begins with ``prefix``; ``ArtifactError`` if there is none or several."""
-    known = [child.name for child in (home / "bundles").children() if child.name.startswith(prefix)]
-    if len(known) != 1 or not prefix:
-        listed = ", ".join(child.name[:12] for child in (home / "bundles").children()) or "none"
-        problem = "no bundle" if not known else f"{len(known)} bundles"
-        raise ArtifactError(f"{problem} of {home.uri} begin with {prefix[:64]!r}; there are: {listed}. `maple publish` makes one.")
-    return known[0]
-
-
 def promote(digest: str, *, expect: int | None = None, note: str = "") -> StepResult:
     """Move the champion to a bundle."""
     home = Place.at(maple_home())
-    release = Ledger.open(home).promote(resolve(home, digest), expected_generation=expect, note=note)
-    return _released(home, release)
+    ledger = Ledger.open(home)
+    return _released(home, ledger.promote(ledger.resolve(digest), expected_generation=expect, note=note))
 
 
 def rollback(*, note: str = "") -> StepResult:
@@ -400,9 +388,6 @@ def rollback(*, note: str = "") -> StepResult:
 
 
 def _released(home: Place, release: Release) -> StepResult:
-    from maple.errors import MapleError
-    from maple.train.registry import mirror
-
     try:
         mirror(Tracking.open(home), Ledger.open(home))
         aside: tuple[str, ...] = ()
@@ -500,11 +485,42 @@ def serve_until_interrupted(config: RunConfig, show: Callable[[str], None]) -> N
     result = serve(config, show)
     show(f"[bold]{result.summary}[/bold]  docs {result.facts['url']}/docs" + (f"  dashboard {dashboard()}" if dashboard() else ""))
     show("Ctrl-C stops it")
+    follow_ledger(show)
+
+
+def follow_ledger(show: Callable[[str], None]) -> None:
+    """Until Ctrl-C: bring the running service to whatever the ledger says, within a second of a promotion or a rollback."""
+    from maple.serve.deploy import Deployed
+    from maple.serve.rollout import follow
+
+    ledger = Ledger.open(Place.at(maple_home()))
+    seen = ledger.read().generation
     try:
         while True:
-            time.sleep(3600)
+            time.sleep(0.5)
+            now = ledger.read()
+            if now.generation == seen:
+                continue
+            seen = now.generation
+            try:
+                follow(ledger, Deployed())
+                show(f"generation {now.generation}: serving bundle {(now.champion or '')[:12]}")
+            except MapleError as error:
+                show(f"generation {now.generation} cannot be served, the service goes on as before: {error}")
     except KeyboardInterrupt:
         show("stopping")
+
+
+def admin(port: int, show: Callable[[str], None]) -> None:
+    """The operator's interface on loopback until Ctrl-C. It writes the ledger; the process that serves follows it."""
+    import uvicorn
+
+    from maple.cluster_ray import free_ports
+    from maple.serve.admin import create_admin
+
+    chosen = port or free_ports(1)[0]
+    show(f"admin at http://127.0.0.1:{chosen}/status")
+    uvicorn.run(create_admin(Ledger.open(Place.at(maple_home())), lambda: None), host="127.0.0.1", port=chosen, log_level="warning")
 
 
 def _short(value: Any) -> str:

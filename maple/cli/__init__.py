@@ -172,6 +172,15 @@ def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | 
 
 
 @cli.command()
+@click.option("--port", type=int, default=0, help="On 127.0.0.1 only; 0 chooses a free one.")
+def admin(port: int) -> None:
+    """The operator's HTTP interface, a process of its own: status, promote, roll back. A running service follows."""
+    from maple import steps
+
+    steps.admin(port, console.print)
+
+
+@cli.command()
 @click.argument("user")
 @click.option("-k", default=10, show_default=True, help="How many.")
 def recommend(user: str, k: int) -> None:

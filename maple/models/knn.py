@@ -1,7 +1,7 @@
 """Item-kNN: items are alike when the same users touch them. Four similarities, one class, a sparse matrix of neighbours.
 
-Sarwar et al. 2001 (cosine); Robertson and Zaragoza 2009 (BM25); Paudel et al. 2017 (RP3beta, a random walk of three steps
-whose end is damped by the popularity of the item it reaches).
+Sarwar et al. 2001 (cosine); Aiolli 2013 (the asymmetric cosine, ``balance``); Robertson and Zaragoza 2009 (BM25); Paudel et
+al. 2017 (RP3beta, a random walk of three steps whose end is damped by the popularity of the item it reaches).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class ItemKnnConfig(Section):
     neighbours: int = Field(default=100, ge=1)
     """Of each candidate, so many of the history items that speak most for it. (Kept per history item, popular candidates win.)"""
     shrink: float = Field(default=0.0, ge=0)
-    """cosine and tfidf: added to the denominator, so that a similarity seen on few users counts less."""
+    """cosine and tfidf: added to both squared norms, so that a similarity seen on few users counts less."""
+    balance: float = Field(default=0.5, ge=0, le=1)
+    """cosine and tfidf: exponent of the candidate's squared norm; the history item's is 1 minus it. Less favours popular candidates."""
     alpha: float = Field(default=0.6, gt=0)
     """rp3beta: exponent of the transition probabilities."""
     beta: float = Field(default=0.3, ge=0)
@@ -54,6 +56,7 @@ class ItemKnnConfig(Section):
             "neighbours": ("choice", [20, 50, 100, 200, 400]),
             "alpha": ("uniform", 0.3, 1.2),
             "beta": ("uniform", 0.0, 0.8),
+            "balance": ("uniform", 0.1, 0.7),
             "shrink": ("choice", [0.0, 5.0, 20.0, 50.0]),
             "recency": ("choice", [0.7, 0.8, 0.9, 0.95, 1.0]),
         }
@@ -99,14 +102,11 @@ class ItemKnn(ItemItem):
             weighted.data *= np.repeat(rarity, touched)
         if config.similarity == "bm25":
             return weighted.T.tocsr(), weighted
-        length = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=0)).ravel())
-        scale = sp.diags(_power(length, -1.0).astype(np.float32))
-        if config.shrink == 0:
-            unit = (weighted @ scale).tocsr()
-            return unit.T.tocsr(), unit
-        # |a||b| + shrink is no product of two factors; shrink each norm's square instead: sqrt(|a|^2 + s) sqrt(|b|^2 + s)
-        unit = (weighted @ sp.diags((1 / np.sqrt(length**2 + config.shrink)).astype(np.float32))).tocsr()
-        return unit.T.tocsr(), unit
+        # |a||b| + shrink is no product of two factors; adding to each squared norm is, and has the same effect
+        squared = np.asarray(weighted.multiply(weighted).sum(axis=0)).ravel().astype(np.float64)
+        squared = np.where(squared > 0, squared + config.shrink, 0.0)
+        of_history, of_candidate = (_power(squared, -each).astype(np.float32) for each in (1 - config.balance, config.balance))
+        return (sp.diags(of_history) @ weighted.T).tocsr(), (weighted @ sp.diags(of_candidate)).tocsr()
 
     def history(self, queries: QueryBatch) -> sp.csr_matrix:
         return history_matrix(queries.histories, self.num_items, self.space.signals, binary=self.config.binary, recency=self.config.recency)

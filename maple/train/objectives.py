@@ -92,7 +92,7 @@ def problem_of(name: str, data: Dataset, cut: Boundaries, settings: PipelineSett
         empty = Rows({}, np.empty((0, 1), np.float32), np.empty(0, np.int64))
         held = RankerData(settings.ranker.model, settings.ranker.config, empty, empty, epochs, ctx)
         config = kind.Config.parse(settings.ranker.config, name)
-        return RankerProblem("ndcg@10", space, default_of(config, space), held, ranker_objective, Halving(2, 2))
+        return RankerProblem("ndcg@10", space, space.current(config), held, ranker_objective, Halving(2, 2, steps=epochs))
     sources = {source.name: source for source in settings.sources}
     if name not in sources:
         raise ConfigError("tune.models: " + unknown_name("source", name, [*sources, *(["ranker"] if settings.ranker else [])]))
@@ -108,8 +108,8 @@ def problem_of(name: str, data: Dataset, cut: Boundaries, settings: PipelineSett
     space = SearchSpace.parse(model.Config.search_space(), name)
     config = model.Config.parse(source.config, name)
     given = SourceData(source.model, source.config, train, queries, None if settings.repeats else Mask.seen(queries), relevant, ctx)
-    halving = Halving(1, 2) if "iterations" in source_fields(model.Config) else None
-    return Problem(f"ndcg@{K}", space, default_of(config, space), given, source_objective, halving)
+    halving = Halving(1, 2, steps=2) if "iterations" in source_fields(model.Config) else None
+    return Problem(f"ndcg@{K}", space, space.current(config), given, source_objective, halving)
 
 
 def source_fields(config: type[Section]) -> set[str]:
@@ -169,17 +169,6 @@ def grouped_ndcg(scores: Any, rows: Rows, k: int) -> float:
     kept = np.flatnonzero(counts > 0)
     index, offsets = ragged_take(offsets, kept)
     return float(ranking_metrics(lists[kept], offsets, positive[index].astype(np.int32), [k])[f"ndcg@{k}"].mean())
-
-
-def default_of(config: Section, space: SearchSpace) -> Config:
-    """The values that a config has for the settings of a space; the first trial, to be beaten."""
-    out: Config = {}
-    for dimension in space.dimensions:
-        value: Any = config
-        for part in dimension.name.split("."):
-            value = getattr(value, part)
-        out[dimension.name] = list(value) if isinstance(value, tuple) else value
-    return out
 
 
 def _part(rows: Rows, keep: Any) -> Rows:
