@@ -184,7 +184,9 @@ def read_file(folder: Place, manifest: Manifest, name: str) -> bytes:
         raise ArtifactError(f"{folder.uri} has no file {name!r}; it has: {', '.join(sorted(manifest.files))}")
     data = (folder / name).read()
     if len(data) != entry.bytes or sha256(data) != entry.sha256:
-        raise ArtifactError(f"{folder.uri}/{name} was altered or is torn: its SHA-256 is not the manifest's. Build the {manifest.kind} again.")
+        raise ArtifactError(
+            f"{folder.uri}/{name} was altered or is torn: its SHA-256 is not the manifest's. Build the {manifest.kind} again."
+        )
     return data
 
 

@@ -188,7 +188,8 @@ def attach(address: str | None = None) -> str:
 
 
 def _await_start(cluster: LocalCluster, patience_s: float = 90.0) -> None:
-    assert cluster.process is not None and cluster.temp_dir is not None
+    assert cluster.process is not None
+    assert cluster.temp_dir is not None
     log = cluster.temp_dir / "start.log"
     limit = time.monotonic() + patience_s
     while b"Ray runtime started" not in log.read_bytes():

@@ -65,8 +65,9 @@ def _machine(add: Callable[..., None]) -> None:
     memory = psutil.virtual_memory().total / 2**30
     add("CPU cores", str(os.cpu_count()))
     add("memory", f"{memory:.1f} GiB", "ok" if memory >= MEMORY_FLOOR_GIB else f"the demo wants {MEMORY_FLOOR_GIB} GiB")
-    shm = shutil.disk_usage("/dev/shm").free / 2**30 if Path("/dev/shm").exists() else 0.0  # noqa: S108 - Ray's object store lives there
-    add("/dev/shm", f"{shm:.1f} GiB free", "ok" if shm >= 0.5 else "Ray's object store wants 0.5 GiB there; it falls back to slower disk")
+    store = Path("/dev/shm")  # noqa: S108 - Ray's object store lives there
+    free = shutil.disk_usage(store).free / 2**30 if store.exists() else 0.0
+    add(str(store), f"{free:.1f} GiB free", "ok" if free >= 0.5 else "Ray's object store wants 0.5 GiB there; it falls back to slower disk")
 
 
 def _stores(add: Callable[..., None]) -> None:

@@ -286,9 +286,7 @@ class Interest(UserItemView):
 
     def contribute(self, events: EventColumns) -> Float64:
         looks, rated = events.is_("view", "click"), events.is_("rating") & ~np.isnan(events.value)
-        return put(
-            events, (looks, 1.0), (looks, 1.0), (events.is_("add_to_cart"), 1.0), (events.is_("return"), 1.0), (rated, events.value)
-        )
+        return put(events, (looks, 1.0), (looks, 1.0), (events.is_("add_to_cart"), 1.0), (events.is_("return"), 1.0), (rated, events.value))
 
     def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
         return np.log1p(ctx.now_value(0)), np.log1p(ctx.now_value(1)), np.log1p(ctx.now_value(2)), np.log1p(ctx.value(3)), ctx.value(4)

@@ -113,9 +113,7 @@ class NextExamples:
 
     def _examples(self, cuts: Int64, ends: Int64) -> Examples:
         data, num_items = self.data, len(self.data.items)
-        pools = pool_weights(
-            data.histories(self.user[cuts], self.time[cuts], self.history), num_items, data.signals, self.recency
-        )
+        pools = pool_weights(data.histories(self.user[cuts], self.time[cuts], self.history), num_items, data.signals, self.recency)
         sizes = np.minimum(ends - cuts, self.horizon)
         index = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - cuts, sizes)
         pairs = np.unique(np.repeat(np.arange(len(cuts)), sizes) * np.int64(num_items) + self.item[index])

@@ -357,4 +357,3 @@ class TwoTower(Embedder):
         model._bias = take_array(state, "bias", np.float32, (num_items,))
         model._user = {name: array for name, array in state.items() if name.startswith("user.")}
         return model
-

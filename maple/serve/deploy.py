@@ -192,6 +192,7 @@ def _client() -> Any:
     Ray is imported inside functions here: it reads its flags and token when it is imported, and a cluster may start after this module.
     """
     import ray
+    import ray.serve  # sets up its logger when it is imported, hence before the level below
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     if not ray.is_initialized():
