@@ -17,11 +17,11 @@ help:  ## Show these targets
 demo: $(STAMP)  ## The whole loop on a simulated shop, or on real data: make demo DATA=path/to/online-retail; KEEP=1 leaves it up
 	$(BIN)/maple demo $(if $(DATA),--data $(DATA)) $(if $(KEEP),--keep) $(ARGS)
 
-test: $(STAMP)  ## All tests
-	$(BIN)/python -m pytest $(ARGS)
+test: unit $(STAMP)  ## All tests
+	$(BIN)/python -m pytest tests/integration tests/browser $(ARGS)
 
-unit: $(STAMP)  ## The tests that start no Ray, in under a minute
-	$(BIN)/python -m pytest -m "not ray" $(ARGS)
+unit: $(STAMP)  ## The tests that start no Ray, in about a minute
+	$(BIN)/python -m pytest -n 2 --ignore=tests/integration --ignore=tests/browser $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -138,10 +138,15 @@ def start_local(
 def stop_local() -> None:
     """Disconnect, and end the cluster that ``start_local`` started in this process, if any."""
     global _current
-    import ray
+    if "ray" in sys.modules:
+        import logging
 
-    if ray.is_initialized():
-        ray.shutdown()
+        import ray
+
+        if ray.is_initialized():
+            # Serve's own threads in this process notice the end of the cluster a moment later, and would say so at length.
+            logging.getLogger("ray.serve").setLevel(logging.CRITICAL + 1)
+            ray.shutdown()
     if _current is not None:
         _end(_current)
         _current = None

@@ -511,18 +511,6 @@ def follow_ledger(show: Callable[[str], None]) -> None:
         show("stopping")
 
 
-def admin(port: int, show: Callable[[str], None]) -> None:
-    """The operator's interface on loopback until Ctrl-C. It writes the ledger; the process that serves follows it."""
-    import uvicorn
-
-    from maple.cluster_ray import free_ports
-    from maple.serve.admin import create_admin
-
-    chosen = port or free_ports(1)[0]
-    show(f"admin at http://127.0.0.1:{chosen}/status")
-    uvicorn.run(create_admin(Ledger.open(Place.at(maple_home())), lambda: None), host="127.0.0.1", port=chosen, log_level="warning")
-
-
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

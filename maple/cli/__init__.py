@@ -175,9 +175,13 @@ def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | 
 @click.option("--port", type=int, default=0, help="On 127.0.0.1 only; 0 chooses a free one.")
 def admin(port: int) -> None:
     """The operator's HTTP interface, a process of its own: status, promote, roll back. A running service follows."""
-    from maple import steps
+    from maple.cluster_ray import free_ports
+    from maple.config import maple_home
+    from maple.serve import admin as admin_
 
-    steps.admin(port, console.print)
+    chosen = port or free_ports(1)[0]
+    console.print(f"admin at http://127.0.0.1:{chosen}/status, Ctrl-C ends it")
+    admin_.run(maple_home(), chosen)
 
 
 @cli.command()

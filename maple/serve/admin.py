@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 
 from maple.errors import ArtifactError, MapleError
-from maple.serve import deploy, rollout
+from maple.serve import rollout
 from maple.serve.api import Id, RequestError, Text, Wire
 from maple.serve.http import Boundary, read_request, refused
 from maple.train.release import Ledger, Release
@@ -65,10 +65,10 @@ def create_admin(ledger: Ledger, replicas: Callable[[], rollout.Replicas | None]
 
 
 def run(home: str, port: int) -> None:
-    """Serve the admin application of a home on loopback until interrupted; this process must be connected to the cluster."""
+    """Serve the admin application of a home on loopback until interrupted. It changes the ledger; whoever serves follows it."""
     import uvicorn
 
-    uvicorn.run(create_admin(Ledger.open(home), deploy.deployed), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(create_admin(Ledger.open(home), lambda: None), host="127.0.0.1", port=port, log_level="warning")
 
 
 async def _change(change: Callable[[], Release]) -> Response:
