@@ -50,7 +50,7 @@ def test_draw_keeps_every_positive_and_so_many_others(queries: list[tuple[list[i
     labels = np.array([float(item in want) for (items, _), want in zip(queries, wanted, strict=True) for item in items], np.float32)
     chosen = draw(made, labels, negatives, np.random.default_rng(seed))
     assert (np.diff(chosen) > 0).all()
-    assert chosen.size == 0 or (0 <= chosen[0] and chosen[-1] < len(made))
+    assert chosen.size == 0 or (chosen[0] >= 0 and chosen[-1] < len(made))
     for row, (items, _) in enumerate(queries):
         mine = [int(item) for item in made.items[chosen[made.rows()[chosen] == row]]]
         positive = [item for item in items if item in wanted[row]]
