@@ -68,12 +68,12 @@ def slow_similarity(interactions: np.ndarray, config: ItemKnnConfig) -> np.ndarr
                 a, b = (x * (config.k1 + 1) / (x + config.k1 * (1 - config.b + config.b * x.sum() / mean)) * rarity for x in (a, b))
                 out[i, j] = a @ b
             else:
-                out[i, j] = a @ b / np.sqrt((a @ a + config.shrink) * (b @ b + config.shrink))
+                out[i, j] = a @ b / ((a @ a + config.shrink) ** (1 - config.balance) * (b @ b + config.shrink) ** config.balance)
     return out
 
 
 CONFIGS = [
-    ItemKnnConfig(), ItemKnnConfig(shrink=3, binary=False), ItemKnnConfig(similarity="tfidf", binary=False),
+    ItemKnnConfig(), ItemKnnConfig(shrink=3, binary=False, balance=0.2), ItemKnnConfig(similarity="tfidf", binary=False),
     ItemKnnConfig(similarity="bm25", binary=False, b=0.5), ItemKnnConfig(similarity="rp3beta", alpha=0.8, beta=0.3),
 ]  # fmt: skip
 
