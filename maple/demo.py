@@ -58,11 +58,10 @@ class Story:
 
 def small(config: RunConfig) -> RunConfig:
     """The run's settings with the demo's small budgets, where people did not set others."""
-    page, default = config.plain(), RunConfig().plain()
+    page = config.plain()
     for section, values in SMALL.items():
-        for name, value in values.items():
-            if page[section][name] == default[section][name]:
-                page[section][name] = value
+        asked = getattr(config, section).model_fields_set
+        page[section] |= {name: value for name, value in values.items() if name not in asked}
     return RunConfig.parse(page, "demo settings")
 
 
