@@ -19,6 +19,15 @@ from maple.errors import ConfigError, unknown_name
 MAX_YAML_BYTES = 1 << 20
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, except that an unquoted date stays text: settings that are times are written as ISO texts."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class declares it
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class Section(BaseModel):
     """Base of every configuration section: immutable, unknown keys rejected with a near-match hint."""
 
@@ -57,6 +66,15 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(lines)
 
 
+def yaml_value(text: str | bytes) -> Any:
+    """Plain values from YAML; ``yaml.YAMLError`` where it is none."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file (safe loader, at most 1 MiB, no aliases); a ``ConfigError`` says what is wrong with it."""
     try:
@@ -68,7 +86,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw, Loader=yaml.SafeLoader)):
             raise ConfigError(f"{path}: YAML aliases (*name) are not accepted in settings; write the value out")
-        values = yaml.safe_load(raw)
+        values = yaml_value(raw)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:

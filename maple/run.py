@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from maple.config import Section, read_yaml
+from maple.config import Section, read_yaml, yaml_value
 from maple.data.ingest import ROWS_PER_BUCKET
 from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
@@ -96,7 +96,7 @@ def run_config(path: str | None, data: str | None = None, overrides: Sequence[st
         if not equals or not name:
             raise ConfigError(f"--set {override!r}: write key=value, for example --set tune.random_trials=8")
         try:
-            _put(page, name.split("."), yaml.safe_load(value))
+            _put(page, name.split("."), yaml_value(value))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
     return RunConfig.parse(page, path or "settings")

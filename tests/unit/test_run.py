@@ -50,6 +50,12 @@ def test_the_page_then_the_data_then_the_overrides(page: str) -> None:
     assert (config.data, config.seed, config.tune.random_trials, config.tune.models) == ("elsewhere", 8, 5, ("als",))
 
 
+def test_a_date_needs_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("split:\n  t1: 2011-10-01\n  t2: 2011-11-01T12:00:00Z\n")
+    for config in (run_config(str(tmp_path / "run.yaml")), run_config(None, None, ["split={t1: 2011-10-01, t2: 2011-11-01T12:00:00Z}"])):
+        assert (config.split.t1, config.split.t2) == ("2011-10-01", "2011-11-01T12:00:00Z")
+
+
 @pytest.mark.parametrize(
     ("override", "path", "value"),
     [
