@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
 from maple.data.sources import load_source
 from maple.data.splits import Boundaries, split_of
-from maple.errors import ArtifactError, MapleError
+from maple.errors import ArtifactError, ConfigError, MapleError
 from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
 from maple.evaluate.metrics import LIST_LEVEL
@@ -57,6 +58,19 @@ class StepResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _check_writable(home: Place) -> None:
+    """A ``ConfigError`` where the home cannot be written to, before a step has done its work for nothing."""
+    probe = home / f"probe-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write(b"")
+        probe.delete()
+    except OSError as error:
+        raise ConfigError(
+            f"Maple's home {home.uri} cannot be written to: {error.strerror or error}. "
+            "Choose another with --home or MAPLE_HOME, or look at its permissions and the space on its disk."
+        ) from None
+
+
 # -- data and features -------------------------------------------------------------------------------------------------
 
 
@@ -64,11 +78,13 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
     """Source -> validated, immutable snapshot."""
     home = Place.at(maple_home())
     if config.data == SIMULATED:
+        _check_writable(home)
         say("simulating a shop")
         folder = (home.local or Place.at(".maple").local or home) / "simulated"  # type: ignore[operator]
         source, root = load_source(str(write(simulate(config.seed), folder)))  # type: ignore[arg-type]
     else:
         source, root = load_source(config.data)
+        _check_writable(home)
     connect(say)
     from maple.data.ingest_ray import ingest as ingest_ray  # Ray reads its flags on import: only after connecting
 
@@ -85,6 +101,7 @@ def features(config: RunConfig, say: Say) -> StepResult:
     """Snapshot -> point-in-time features, by Ray Data over buckets."""
     home = Place.at(maple_home())
     snapshot = Snapshot.open(home)
+    _check_writable(home)
     connect(say)
     from maple.features.build_ray import build
 
@@ -120,6 +137,7 @@ class Material:
         built = FeatureArtifact.open(home)
         if built.snapshot_digest != snapshot.digest:
             raise ArtifactError("the latest features were built from another snapshot; run `maple features build`")
+        _check_writable(home)
         say(f"loading snapshot {snapshot.name}")
         data = snapshot.dataset()
         tuned = {name: found["config"] for name, found in tunings(home, snapshot).items()}
@@ -251,6 +269,7 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     """The pipeline and its sources on the test part of the latest run, by name."""
     home = Place.at(maple_home())
     run = TrainedRun.open(home)
+    _check_writable(home)
     data = run.snapshot.dataset()
     bundle, now, asked = run.bundle, run.cut.t2, config.evaluate
     relevant = relevant_of(data, now, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)
@@ -436,6 +455,7 @@ def serve(config: RunConfig, say: Say) -> StepResult:
     """Deploy the champion on the connected cluster, with the online store filled from the snapshot."""
     home = Place.at(maple_home())
     release = Ledger.open(home).champion()
+    _check_writable(home)
     connect(say)
     from maple.serve import deploy
     from maple.serve.rollout import pointer_to

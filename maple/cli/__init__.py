@@ -17,6 +17,7 @@ from maple.errors import MapleError
 
 if TYPE_CHECKING:
     from maple.run import RunConfig
+    from maple.steps import StepResult
 
 
 class Group(click.Group):
@@ -134,7 +135,7 @@ def promote(digest: str, expect: int | None, note: str) -> None:
     """Make a bundle (its digest, or the beginning of it) the champion."""
     from maple import steps
 
-    console.print(steps.promote(digest, expect=expect, note=note).summary)
+    _show(steps.promote(digest, expect=expect, note=note))
 
 
 @cli.command()
@@ -143,7 +144,7 @@ def rollback(note: str) -> None:
     """Make the previous champion the champion again."""
     from maple import steps
 
-    console.print(steps.rollback(note=note).summary)
+    _show(steps.rollback(note=note))
 
 
 @cli.command()
@@ -161,7 +162,7 @@ def releases() -> None:
 @click.option(
     "--placement", type=click.Choice(["fused", "split"]), default=None, help="Stages in one replica, or in deployments of their own."
 )
-@click.option("--port", type=int, default=None, help="HTTP port on 127.0.0.1; 0 chooses a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="HTTP port on 127.0.0.1; 0 chooses a free one.")
 def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | None, port: int | None) -> None:
     """Serve the champion on Ray Serve until Ctrl-C."""
     extra = [f"serve.placement={placement}"] if placement else []
@@ -172,7 +173,7 @@ def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | 
 
 
 @cli.command()
-@click.option("--port", type=int, default=0, help="On 127.0.0.1 only; 0 chooses a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="On 127.0.0.1 only; 0 chooses a free one.")
 def admin(port: int) -> None:
     """The operator's HTTP interface, a process of its own: status, promote, roll back. A running service follows."""
     from maple.cluster_ray import free_ports
@@ -186,7 +187,7 @@ def admin(port: int) -> None:
 
 @cli.command()
 @click.argument("user")
-@click.option("-k", default=10, show_default=True, help="How many.")
+@click.option("-k", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many.")
 def recommend(user: str, k: int) -> None:
     """Recommendations for one user straight from the champion bundle, without a server."""
     from maple import steps
@@ -212,6 +213,11 @@ def _config(path: str | None, data: str | None, overrides: tuple[str, ...]) -> R
     return run_config(path, data, overrides)
 
 
+def _show(result: StepResult) -> None:
+    for line in (result.summary, *result.details):
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def _step(name: str, config: RunConfig) -> None:
     from maple import steps
     from maple.cli.console import step
@@ -225,7 +231,7 @@ def _step(name: str, config: RunConfig) -> None:
 
 
 def main() -> None:
-    """Entry point: runs a command; user errors give one message and exit code 1, bugs a traceback in a file."""
+    """Entry point: runs a command; a user's error is one message and exit code 1 (2 for wrong usage), a bug keeps its traceback."""
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -238,7 +244,7 @@ def main() -> None:
         if os.environ.get("MAPLE_DEBUG"):
             traceback.print_exc()
         errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        errors.print(str(error), markup=False)
+        errors.print(str(error), markup=False, soft_wrap=True)  # messages hold paths and pages to copy
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("stopped")
