@@ -10,13 +10,14 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from maple.artifacts import FileEntry, Place, point, seal, write_file
 from maple.data import etl
@@ -40,7 +41,7 @@ from maple.data.validate import (
     table_report,
     validate_events,
 )
-from maple.errors import ConfigError
+from maple.errors import ConfigError, DataError
 from maple.schema import EVENTS, ITEMS, USERS, conform
 
 REASON, FIRED, BUCKET = "_reason", "_fired", "_bucket"
@@ -197,7 +198,10 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     source = plan.source
     done = sorted(results, key=lambda result: result.bucket)
     events = TableReport.merge(result.report for result in done)
-    gate(events, source.max_quarantined_share, f"source {source.name!r}")
+    try:
+        gate(events, source.max_quarantined_share, f"source {source.name!r}")
+    except DataError as error:  # nothing is published, so the message shows what was wrong
+        raise DataError(f"{error}{_example(plan, done)}") from None
     facts = etl.merge_facts([result.facts for result in done])
     table = etl.item_table(facts, source.items_from_events, None if items is None else items.clean)
     files = [entry for result in done for entry in result.files]
@@ -214,6 +218,22 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     manifest = seal(plan.folder, KIND, meta, files)
     point(home, "snapshot", plan.folder.name)
     return Snapshot(plan.folder, manifest)
+
+
+def _example(plan: Plan, results: Sequence[BucketResult]) -> str:
+    """The first row in quarantine for the most frequent reason, in words; empty where there is none."""
+    reasons = TableReport.merge(result.report for result in results).reasons
+    main = max(reasons, key=lambda name: reasons[name], default=None)
+    found: list[dict[str, object]] = []
+    for name in [entry.name for result in results for entry in result.files if entry.name.startswith("quarantine/")]:
+        table = pq.read_table(pa.BufferReader((plan.folder / name).read()))
+        found += table.filter(pc.equal(table["reason"], main)).slice(0, 1).to_pylist()
+    if not found:
+        return ""
+    row = min(found, key=lambda row: (str(row["file"]), int(str(row["row"]))))
+    told = {name: value for name, value in row.items() if value is not None and name not in ("reason", "file", "row", "unreadable")}
+    cells = row["unreadable"] or ", ".join(f"{name}={value}" for name, value in told.items())
+    return f" For example, {main} in row {int(str(row['row'])) + 1} of {row['file']}: {str(cells)[:300]}"
 
 
 def side_tables(source: SourceConfig, root: Place) -> tuple[SideTable | None, SideTable | None]:

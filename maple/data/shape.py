@@ -32,7 +32,9 @@ def shape(raw: pa.Table, table: TableSource, schema: pa.Schema, label: str) -> p
     for name in table.names:
         text_or_typed = _source(raw, table, name, label)
         wanted = _wanted(table, schema, name, text_or_typed.type, label)
-        column, bad = _read(text_or_typed, wanted, table.clock, f"{label}: column {name!r}")
+        # An event before 1970 is a stand-in for "unknown" in the files of shops, and online state does not take it.
+        earliest = 0 if name == "timestamp" and table.clock.unit != "order" else -MAX_US
+        column, bad = _read(text_or_typed, wanted, table.clock, f"{label}: column {name!r}", earliest)
         if bad is not None:
             problem = pc.if_else(
                 pc.and_(bad, pc.is_null(problem)), pc.binary_join_element_wise(name, text_or_typed.cast(pa.string()), "="), problem
@@ -123,13 +125,17 @@ def _wanted(table: TableSource, schema: pa.Schema, name: str, found: pa.DataType
     return TIMESTAMP if pa.types.is_timestamp(found) else found
 
 
-def _read(column: pa.Array, wanted: pa.DataType, clock: Clock, what: str) -> tuple[pa.Array, pa.Array | None]:
+def _read(
+    column: pa.Array, wanted: pa.DataType, clock: Clock, what: str, earliest: int = -MAX_US
+) -> tuple[pa.Array, pa.Array | None]:  # fmt: skip
     """The column in the wanted type, and which of its non-null cells could not be read (None = all could)."""
     found = column.type
-    if found == wanted and not pa.types.is_floating(wanted):
-        return column, None
     if pa.types.is_timestamp(wanted):
-        read = _times(column, clock, what)
+        read = column if found == wanted else _times(column, clock, what)
+        moment = read.cast(pa.int64())
+        read = pc.if_else(pc.and_(pc.greater_equal(moment, earliest), pc.less_equal(moment, MAX_US)), read, None)
+    elif found == wanted and not pa.types.is_floating(wanted):
+        return column, None
     elif pa.types.is_string(wanted):
         read = _texts(column, what)
     elif pa.types.is_boolean(wanted):
