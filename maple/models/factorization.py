@@ -34,8 +34,10 @@ class AlsConfig(EmbedderConfig):
     """Dimensions of the item vectors."""
     regularization: float = Field(default=10.0, gt=0)
     """Added to the diagonal of every least-squares problem (lambda of the paper)."""
-    alpha: float = Field(default=5.0, ge=0)
+    alpha: float = Field(default=1.0, ge=0)
     """Confidence of an interaction of weight x is 1 + alpha x, of none 1."""
+    damping: float = Field(default=0.0, ge=0, le=1)
+    """Divides alpha by (popularity / mean popularity) ** damping per item: popular items prove less."""
     iterations: int = Field(default=15, ge=1)
     """Sweeps over users and items."""
     binary: bool = True
@@ -49,7 +51,8 @@ class AlsConfig(EmbedderConfig):
             "factors": ("choice", [32, 64, 96, 128, 192, 256]),
             "regularization": ("log", 0.5, 300.0),
             "alpha": ("log", 0.5, 40.0),
-            "iterations": ("int", 5, 25),
+            "damping": ("uniform", 0.0, 0.6),
+            "iterations": ("int", 4, 20),
         }
 
 
@@ -64,15 +67,20 @@ class Als(Embedder):
     needs: ClassVar[frozenset[Need]] = frozenset()
     config: AlsConfig
     factors: Float32
+    alpha: Float32  # per item
     users: Float32 | None
 
     def fit(self, data: Dataset, ctx: FitContext) -> Metrics:
         from implicit.cpu.als import AlternatingLeastSquares
 
         self._enter(Space.of(data))
-        config, confidence = self.config, self._confidence(data.matrix(binary=self.config.binary))
-        if confidence.nnz == 0:
+        config, interactions = self.config, data.matrix(binary=self.config.binary)
+        touched = np.diff(interactions.tocsc().indptr)
+        if interactions.nnz == 0:
             raise DataError("ALS has nothing to learn from: no event has a positive signal. Check the `signals` of the data settings.")
+        common = np.maximum(touched, 1) / touched[touched > 0].mean()
+        self.alpha = (config.alpha * common**-config.damping).astype(np.float32)
+        confidence = self._confidence(interactions)
         started = time.perf_counter()
 
         def progress(iteration: int, seconds: float, loss: float | None) -> None:
@@ -86,7 +94,7 @@ class Als(Embedder):
             )  # fmt: skip
             solver.fit(confidence, show_progress=False, callback=progress)
         self.factors = np.ascontiguousarray(solver.item_factors, dtype=np.float32)
-        self.factors[np.diff(confidence.tocsc().indptr) == 0] = 0
+        self.factors[touched == 0] = 0
         self.users = np.ascontiguousarray(solver.user_factors, dtype=np.float32) if config.keep_users else None
         if not np.isfinite(self.factors).all():
             raise DataError("ALS diverged: its factors are not finite. Raise `regularization` or lower `alpha`.")
@@ -94,7 +102,7 @@ class Als(Embedder):
 
     def _confidence(self, interactions: sp.csr_matrix) -> sp.csr_matrix:
         out = interactions.copy()
-        out.data = 1 + np.float32(self.config.alpha) * out.data
+        out.data = 1 + self.alpha[out.indices] * out.data
         return out
 
     def embed_items(self) -> Float32:
@@ -165,12 +173,13 @@ class Als(Embedder):
 
     def state(self) -> State:
         self.check_fitted()
-        return {"factors": self.factors} | ({} if self.users is None else {"users": self.users})
+        return {"factors": self.factors, "alpha": self.alpha} | ({} if self.users is None else {"users": self.users})
 
     @classmethod
     def from_state(cls, config: Section, space: Space, state: State) -> Self:
         model = cls._load(config, space)
         model.factors = take_array(state, "factors", np.float32, (len(space.items), model.config.factors))
+        model.alpha = take_array(state, "alpha", np.float32, (len(space.items),))
         model.users = take_array(state, "users", np.float32, (None, model.config.factors)) if "users" in state else None
         return model
 

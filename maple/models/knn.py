@@ -28,9 +28,9 @@ BLOCK_WORK = 8_000_000
 class ItemKnnConfig(Section):
     """Which similarity, and how much of it is kept."""
 
-    similarity: Literal["cosine", "tfidf", "bm25", "rp3beta"] = "cosine"
+    similarity: Literal["cosine", "tfidf", "bm25", "rp3beta"] = "rp3beta"
     """cosine of item columns; tfidf and bm25 weigh a user down who touches everything; rp3beta walks item, user, item."""
-    neighbours: int = Field(default=100, ge=1)
+    neighbours: int = Field(default=200, ge=1)
     """Of each candidate, so many of the history items that speak most for it. (Kept per history item, popular candidates win.)"""
     shrink: float = Field(default=0.0, ge=0)
     """cosine and tfidf: added to both squared norms, so that a similarity seen on few users counts less."""
@@ -38,7 +38,7 @@ class ItemKnnConfig(Section):
     """cosine and tfidf: exponent of the candidate's squared norm; the history item's is 1 minus it. Less favours popular candidates."""
     alpha: float = Field(default=0.6, gt=0)
     """rp3beta: exponent of the transition probabilities."""
-    beta: float = Field(default=0.3, ge=0)
+    beta: float = Field(default=0.2, ge=0)
     """rp3beta: exponent of the popularity that divides the end of the walk; 0 = no damping."""
     k1: float = Field(default=1.2, gt=0)
     """bm25: how soon repeated interest stops to count."""

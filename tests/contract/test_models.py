@@ -38,6 +38,7 @@ class TestDecayedFrequency(TestFrequency):
 
 class TestItemKnnCosine(RetrieverSuite):
     model = ItemKnn
+    config = ItemKnnConfig(similarity="cosine")
 
 
 class TestItemKnnTfidfWithShrink(RetrieverSuite):
@@ -72,7 +73,7 @@ class TestAls(RetrieverSuite):
 
 class TestAlsWithLongHistoriesForItsSize(RetrieverSuite):
     model = Als
-    config = AlsConfig(factors=2, regularization=1.0, iterations=10, binary=False)
+    config = AlsConfig(factors=2, regularization=1.0, iterations=10, binary=False, damping=0.2)
 
 
 class TestAlsSearchedByFaiss(RetrieverSuite):

@@ -33,7 +33,7 @@ def random_data(seed: int, num_users: int = 60, num_items: int = 40, count: int 
 def slow_fold(model: Als, history: np.ndarray) -> np.ndarray:
     """Equation 4 of Hu et al. with dense D x D matrices, one user: history is float[I] of interaction weights."""
     factors = model.factors.astype(np.float64)
-    confidence = np.where(history > 0, 1 + model.config.alpha * history, 1.0)
+    confidence = 1 + model.alpha * history
     preference = (history > 0).astype(np.float64)
     system = factors.T @ (confidence[:, None] * factors) + model.config.regularization * np.eye(factors.shape[1])
     return np.linalg.solve(system, factors.T @ (confidence * preference))
@@ -44,7 +44,7 @@ def models():
     data = random_data(0)
     made = []
     for binary in (True, False):
-        model = Als(AlsConfig(factors=6, regularization=0.7, alpha=3.0, iterations=5, binary=binary))
+        model = Als(AlsConfig(factors=6, regularization=0.7, alpha=3.0, iterations=5, binary=binary, damping=0.3))
         model.fit(data, FitContext(seed=1))
         made.append(model)
     return made
@@ -73,7 +73,7 @@ def test_the_shares_of_the_history_add_up_to_the_score(models):
     items = [3, 9, 20, 31]
     queries = QueryBatch(Histories.of([(items, [PURCHASE] * 4, range(4))]), np.array([9]))
     vector = model.embed_queries(queries)[0].astype(np.float64)
-    confidence = 1 + model.config.alpha
+    confidence = 1 + model.alpha[items]
     weight = confidence - (confidence - 1) * (model.factors[items] @ vector)
     shares = (model.factors @ model._smoothed[1][items].T) * weight
     np.testing.assert_allclose(shares.sum(axis=1), model.factors @ vector, rtol=1e-3, atol=1e-5)
@@ -98,8 +98,17 @@ def test_trained_rows_agree_with_the_fold_in_once_converged():
     np.testing.assert_allclose(folded @ model.factors.T, trained @ model.factors.T, atol=0.01)
 
 
+def test_damping_divides_the_confidence_of_popular_items():
+    data = random_data(4)
+    model = Als(AlsConfig(factors=2, iterations=2, alpha=3.0, damping=0.5))
+    model.fit(data, FitContext())
+    touched = np.asarray((data.matrix() > 0).sum(axis=0)).ravel()
+    np.testing.assert_allclose(model.alpha, 3.0 / np.sqrt(touched / touched.mean()), rtol=1e-5)
+    assert (np.sort(model.alpha)[::-1] == model.alpha[np.argsort(touched, kind="stable")]).all()
+
+
 def test_users_are_not_kept_unless_asked_for(models):
-    assert set(models[0].state()) == {"factors"}
+    assert set(models[0].state()) == {"factors", "alpha"}
 
 
 def test_progress_is_reported_per_iteration():

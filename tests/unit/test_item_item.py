@@ -73,7 +73,8 @@ def slow_similarity(interactions: np.ndarray, config: ItemKnnConfig) -> np.ndarr
 
 
 CONFIGS = [
-    ItemKnnConfig(), ItemKnnConfig(shrink=3, binary=False, balance=0.2), ItemKnnConfig(similarity="tfidf", binary=False),
+    ItemKnnConfig(similarity="cosine"), ItemKnnConfig(similarity="cosine", shrink=3, binary=False, balance=0.2),
+    ItemKnnConfig(similarity="tfidf", binary=False),
     ItemKnnConfig(similarity="bm25", binary=False, b=0.5), ItemKnnConfig(similarity="rp3beta", alpha=0.8, beta=0.3),
 ]  # fmt: skip
 
@@ -96,7 +97,7 @@ def test_similarities_equal_the_slow_reference_pruned_per_candidate(data, config
 
 
 def test_similar_is_the_largest_similarity_either_way(data):
-    model = ItemKnn(ItemKnnConfig(neighbours=4))
+    model = ItemKnn(ItemKnnConfig(similarity="cosine", neighbours=4))
     model.fit(data, FitContext())
     want = slow_similarity(data.matrix(binary=True).toarray().astype(np.float64), model.config)
     found, scores = model.similar(np.arange(47, dtype=np.int32), 4)
