@@ -19,7 +19,7 @@ import quality_gowalla
 from maple.artifacts import Place
 from maple.data.dataset import Dataset
 from maple.data.ingest import ingest_local
-from maple.data.sources import load_source
+from maple.data.presets import load_source
 from maple.data.splits import Boundaries, moment
 from maple.evaluate.harness import CatalogueStats, Evaluation, evaluate, relevant_of
 from maple.models.base import FitContext

@@ -235,6 +235,19 @@ def tensors_of(data: bytes) -> dict[str, npt.NDArray[Any]]:
         raise ArtifactError(f"these bytes are not a readable safetensors file: {error}") from None
 
 
+def check_writable(home: Place) -> None:
+    """A ``ConfigError`` where the home cannot be written to, before a step has done its work for nothing."""
+    probe = home / f"probe-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write(b"")
+        probe.delete()
+    except OSError as error:
+        raise ConfigError(
+            f"Maple's home {home.uri} cannot be written to: {error.strerror or error}. "
+            "Choose another with --home or MAPLE_HOME, or look at its permissions and the space on its disk."
+        ) from None
+
+
 # -- pointers ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,9 @@ from maple.evaluate.run_sections import (
     tuning_section,
 )
 from maple.features.spec import FeatureSpec
-from maple.run import RunConfig
+from maple.learn import TrainedRun, read_evaluations
+from maple.operate import follow_ledger
+from maple.run import RunConfig, StepResult
 from maple.serve.client import Client
 from maple.serve.load import Load, closed
 
@@ -52,7 +54,7 @@ class Story:
     """What happened, for the report."""
 
     timeline: list[tuple[str, float, float]] = field(default_factory=list)
-    results: dict[str, steps.StepResult] = field(default_factory=dict)
+    results: dict[str, StepResult] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -187,8 +189,8 @@ def _stages(load: Load) -> list[tuple[str, float, float]]:
 def _page(config: RunConfig, story: Story, cards: list[Card], stages: list[tuple[str, float, float]], load: Load) -> str:
     home = Place.at(maple_home())
     snapshot = Snapshot.open(home)
-    run_ = steps.TrainedRun.open(home)
-    evaluations = steps.read_evaluations(home, run_.name)
+    run_ = TrainedRun.open(home)
+    evaluations = read_evaluations(home, run_.name)
     baseline = config.evaluate.baseline if config.evaluate.baseline in evaluations else "pipeline"
     events = snapshot.report().events
     quarantined = {name: count for name, count in events.reasons.items() if count}
@@ -242,4 +244,4 @@ def _tuning(found: Mapping[str, Any]) -> list[TuningRun]:
 def _stay(url: str) -> None:
     tracking = f"mlflow ui --backend-store-uri sqlite:///{maple_home()}/mlflow.db"
     console.print(f"\nAPI        {url}/docs\nDashboard  {dashboard()}\nMLflow     {tracking}\n\nCtrl-C ends it.")
-    steps.follow_ledger(console.print)
+    follow_ledger(console.print)

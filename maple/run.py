@@ -1,8 +1,9 @@
-"""The settings of a run: one typed YAML page that every step reads, and where a run's intermediate results lie."""
+"""The settings of a run, one typed YAML page that every step reads, and what a step gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -17,6 +18,19 @@ from maple.serve.settings import StoreSettings
 from maple.train.rows import RowSettings
 
 SIMULATED = "simulated"
+
+
+Tables = tuple[tuple[str, list[str], list[list[str]]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a step did: one line, further lines, tables (title, header, rows), and JSON-ready facts for other programs."""
+
+    summary: str
+    details: tuple[str, ...] = ()
+    tables: Tables = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class IngestSettings(Section):

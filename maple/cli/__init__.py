@@ -16,8 +16,7 @@ from maple.cli.console import table as show_table
 from maple.errors import MapleError
 
 if TYPE_CHECKING:
-    from maple.run import RunConfig
-    from maple.steps import StepResult
+    from maple.run import RunConfig, StepResult
 
 
 class Group(click.Group):
@@ -133,26 +132,26 @@ def publish(config_path: str | None, overrides: tuple[str, ...], promote: bool) 
 @click.option("--note", default="", help="Why; kept in the audit log.")
 def promote(digest: str, expect: int | None, note: str) -> None:
     """Make a bundle (its digest, or the beginning of it) the champion."""
-    from maple import steps
+    from maple import operate
 
-    _show(steps.promote(digest, expect=expect, note=note))
+    _show(operate.promote(digest, expect=expect, note=note))
 
 
 @cli.command()
 @click.option("--note", default="", help="Why; kept in the audit log.")
 def rollback(note: str) -> None:
     """Make the previous champion the champion again."""
-    from maple import steps
+    from maple import operate
 
-    _show(steps.rollback(note=note))
+    _show(operate.rollback(note=note))
 
 
 @cli.command()
 def releases() -> None:
     """The release ledger: every promotion and rollback."""
-    from maple import steps
+    from maple import operate
 
-    header, rows = steps.releases()
+    header, rows = operate.releases()
     show_table("Releases", header, rows)
 
 
@@ -167,9 +166,9 @@ def serve(config_path: str | None, overrides: tuple[str, ...], placement: str | 
     """Serve the champion on Ray Serve until Ctrl-C."""
     extra = [f"serve.placement={placement}"] if placement else []
     extra += [f"serve.port={port}"] if port is not None else []
-    from maple import steps
+    from maple import operate
 
-    steps.serve_until_interrupted(_config(config_path, None, (*overrides, *extra)), console.print)
+    operate.serve_until_interrupted(_config(config_path, None, (*overrides, *extra)), console.print)
 
 
 @cli.command()
@@ -190,9 +189,9 @@ def admin(port: int) -> None:
 @click.option("-k", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many.")
 def recommend(user: str, k: int) -> None:
     """Recommendations for one user straight from the champion bundle, without a server."""
-    from maple import steps
+    from maple import operate
 
-    header, rows, note = steps.recommend(user, k)
+    header, rows, note = operate.recommend(user, k)
     show_table(f"For {user}", header, rows, note)
 
 

@@ -1,12 +1,10 @@
 """What a source is: a declarative mapping from any shop's files to Maple's events, items and users.
 
-The YAML names files, formats and columns and declares the cleaning rules; nothing in it is code. ``load_source`` finds it:
-a preset by name, a YAML file, or a data folder that holds ``source.yaml`` or carries a preset's name.
+The YAML names files, formats and columns and declares the cleaning rules; nothing in it is code. ``presets.load_source`` finds it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 from zoneinfo import ZoneInfo
 
@@ -14,9 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
-from maple.artifacts import Place
-from maple.config import Section, read_yaml
-from maple.data import presets
+from maple.config import Section
 from maple.data.dataset import DEFAULT_SIGNALS
 from maple.data.validate import Rule
 from maple.errors import ConfigError, unknown_name
@@ -28,7 +24,6 @@ SUFFIXES: dict[str, Format] = {
     "inter": "atomic", "item": "atomic", "user": "atomic",
 }  # fmt: skip
 COMPRESSED = ("gz", "bz2", "zst", "lz4")
-FOLDER_FILES = ("source.yaml", "maple.yaml")
 
 
 class Clock(Section):
@@ -218,42 +213,3 @@ class SourceConfig(Section):
     def transient(self) -> list[str]:
         """Event columns that only serve to derive items and are not stored with the events."""
         return [name for name in dict.fromkeys(self.items_from_events.texts.values()) if name not in EVENTS.names]
-
-
-def load_source(name_or_yaml: str, folder: str | Path | Place | None = None) -> tuple[SourceConfig, Place]:
-    """A source and the root of its files. ``name_or_yaml`` is a preset (with ``folder``), a YAML file, or a data folder.
-
-    A folder uses its own ``source.yaml`` (or ``maple.yaml``), else the preset of its name; where there is neither, the ``ConfigError``
-    lists the columns found and shows what to write.
-    """
-    if name_or_yaml.endswith((".yaml", ".yml")):
-        path = Path(name_or_yaml)
-        return SourceConfig.parse(read_yaml(path), str(path)), Place.at(folder if folder is not None else path.absolute().parent)
-    if name_or_yaml in presets.names() and (folder is not None or not Path(name_or_yaml).is_dir()):
-        if folder is None:
-            folder = presets.default_folder(name_or_yaml)
-        return _preset(name_or_yaml), _existing(folder)
-    if folder is not None:
-        raise ConfigError(unknown_name("source preset", name_or_yaml, presets.names()) + " Or give the path of a source YAML.")
-    if "://" not in name_or_yaml and "/" not in name_or_yaml and not Path(name_or_yaml).exists():
-        raise ConfigError(
-            unknown_name("source preset", name_or_yaml, presets.names()) + " Or give a data folder or the path of a source YAML."
-        )
-    root = _existing(name_or_yaml)
-    for file in FOLDER_FILES:
-        if root.local and (root.local / file).exists():
-            return SourceConfig.parse(read_yaml(root.local / file), f"{root.uri}/{file}"), root
-    if root.name in presets.names():
-        return _preset(root.name), root
-    raise ConfigError(presets.how_to_write(root))
-
-
-def _preset(name: str) -> SourceConfig:
-    return SourceConfig.parse(read_yaml(presets.path(name)), f"preset {name}")
-
-
-def _existing(folder: str | Path | Place) -> Place:
-    root = Place.at(folder)
-    if not root.exists():
-        raise ConfigError(f"the data folder {root.uri} does not exist; check the path (presets: {', '.join(presets.names())})")
-    return root

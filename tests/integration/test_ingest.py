@@ -11,9 +11,10 @@ import pytest
 
 from maple.artifacts import Place
 from maple.data.ingest import ingest_local
+from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
-from maple.data.sources import SourceConfig, TableSource, load_source
+from maple.data.sources import SourceConfig, TableSource
 from maple.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.ray

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from maple import cli, doctor, steps
+from maple import cli, doctor, operate, steps
 from maple.artifacts import Place
 from maple.cluster_ray import ray_flags
 from maple.data.ingest import ingest_local
+from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
-from maple.data.sources import SourceConfig, load_source
+from maple.data.sources import SourceConfig
 from maple.data.splits import Boundaries
 from maple.errors import ServeError
 from maple.features.build import build_local
@@ -231,7 +232,6 @@ def test_an_interrupt_is_no_error(maple: Maple, monkeypatch: pytest.MonkeyPatch)
     ("arguments", "kind", "part"),
     [
         (("ingest", "--data", "onlin-retail"), "ConfigError", "Did you mean 'online-retail'?"),
-        (("evaluate",), "ArtifactError", "`maple train`"),
         (("trian",), "Error", "Did you mean 'train'?"),
     ],
 )
@@ -390,7 +390,7 @@ def shop_home(tmp_path_factory: pytest.TempPathFactory, raw_shop: Path) -> Path:
 @pytest.fixture
 def shop(shop_home: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it as MAPLE_HOME; the registry's mirror (MLflow) has tests of its own."""
-    monkeypatch.setattr(steps, "mirror", lambda tracking, ledger: None)
+    monkeypatch.setattr(operate, "mirror", lambda tracking, ledger: None)
     return shutil.copytree(shop_home, home)
 
 
@@ -440,7 +440,7 @@ def test_a_registry_that_cannot_follow_is_said_and_does_not_undo_the_release(
     def unreachable(tracking: object, ledger: object) -> None:
         raise ServeError("nobody answers at the tracking server")
 
-    monkeypatch.setattr(steps, "mirror", unreachable)
+    monkeypatch.setattr(operate, "mirror", unreachable)
     second = other(shop)
     said = maple("promote", second)
     assert said.code == 0

@@ -75,9 +75,8 @@ def test_every_ray_process_gets_the_flags_of_ray_env_and_no_others(cluster: dict
         clean = {"HOME": str(tmp_path), "PATH": f"{fake.parent}:{os.defpath}", "RAY_HEAD_IP": "10.0.0.1"}
         out = subprocess.run(["bash", "-c", command.replace("ulimit -n 65536;", "")], env=clean, capture_output=True, text=True, check=True)
         seen = dict(line.split("=", 1) for line in out.stdout.splitlines() if "=" in line)
-        flags = {
-            name: value for name, value in seen.items() if re.match(r"RAY_|GRPC_|MLFLOW_(?!TRACKING)|OPENBLAS_", name) and name != "RAY_HEAD_IP"
-        }
+        ours = r"RAY_|GRPC_|MLFLOW_(?!TRACKING)|OPENBLAS_"
+        flags = {name: value for name, value in seen.items() if re.match(ours, name) and name != "RAY_HEAD_IP"}
         assert flags == ray_flags()
         assert seen["MAPLE_HOME"].startswith("s3://")
 

@@ -14,8 +14,9 @@ import pytest
 
 from maple.artifacts import Place
 from maple.data import presets
+from maple.data.presets import load_source
 from maple.data.readers import batches, columns_of, common_schema, fragments, open_parquet
-from maple.data.sources import SourceConfig, TableSource, load_source
+from maple.data.sources import SourceConfig, TableSource
 from maple.data.validate import UNREADABLE
 from maple.errors import ConfigError, DataError
 from maple.schema import EVENTS, ITEMS

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import taste_shop
 
-from maple import steps
+from maple import learn
 from maple.artifacts import Place
 from maple.config import Section
 from maple.data.dataset import Dataset, Float32, Int32, Int64
 from maple.data.ingest import ingest_local
+from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
-from maple.data.sources import load_source
 from maple.data.splits import Boundaries, split_of
 from maple.errors import DataError
 from maple.evaluate.harness import Relevant, relevant_of
@@ -242,20 +242,20 @@ def test_kept_rows_give_the_same_ranker(tmp_path: Path, monkeypatch: pytest.Monk
     build_local(snapshot, FeatureSpec(history_limit=8), home)
     chosen = settings(SMALL_DCN)
     config = RunConfig.parse({"pipeline": chosen.plain(), "rows": {"negatives": 20}}, "test")
-    material = steps.Material.open(config, lambda text: None)
-    made = steps._rows(config, material, chosen, lambda text: None)
+    material = learn.Material.open(config, lambda text: None)
+    made = learn._rows(config, material, chosen, lambda text: None)
     assert made.labels.sum() > 20
 
     def forbidden(*arguments: object, **more: object) -> None:
         raise AssertionError("nothing is fitted or made where rows are kept")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "ranker_rows", forbidden)
-        patch.setattr(steps, "fit_sources", forbidden)
-        kept = steps._rows(config, material, chosen, lambda text: None)
+        patch.setattr(learn, "ranker_rows", forbidden)
+        patch.setattr(learn, "fit_sources", forbidden)
+        kept = learn._rows(config, material, chosen, lambda text: None)
         for other in ({"rows": {"negatives": 21}}, {"seed": 1}):
             with pytest.raises(AssertionError, match="nothing is fitted"):
-                steps._rows(RunConfig.parse(config.plain() | other, "test"), material, chosen, lambda text: None)
+                learn._rows(RunConfig.parse(config.plain() | other, "test"), material, chosen, lambda text: None)
     assert kept.columns.keys() == made.columns.keys()
     for name, column in [*made.columns.items(), ("labels", made.labels), ("groups", made.groups)]:
         again = {**kept.columns, "labels": kept.labels, "groups": kept.groups}[name]

@@ -11,8 +11,8 @@ import pytest
 from maple.artifacts import Place
 from maple.data.dataset import Dataset
 from maple.data.ingest import ingest_local
+from maple.data.presets import load_source
 from maple.data.simulate import Shop, clean_events, simulate, write
-from maple.data.sources import load_source
 from maple.schema import EVENT_CODES
 
 

@@ -15,8 +15,9 @@ import pytest
 from maple.artifacts import Place
 from maple.data.etl import bucket_of
 from maple.data.ingest import ingest_local
+from maple.data.presets import load_source
 from maple.data.snapshot import Snapshot, events_file
-from maple.data.sources import SourceConfig, load_source
+from maple.data.sources import SourceConfig
 from maple.errors import ArtifactError, ConfigError, DataError
 
 NOW = 1_800_000_000_000_000

@@ -1,0 +1,288 @@
+"""The learning steps of a run: tune, train, evaluate. Each opens the latest snapshot and features and leaves its result in the home.
+
+``tune`` leaves what it found per snapshot, ``train`` a run with its bundle, ``evaluate`` the measured lists of that run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from maple.artifacts import (
+    MANIFEST,
+    Place,
+    check_writable,
+    latest,
+    open_manifest,
+    point,
+    read_file,
+    seal,
+    tensor_bytes,
+    tensors_of,
+    write_file,
+)
+from maple.cluster_ray import connect
+from maple.config import maple_home
+from maple.data.dataset import Dataset
+from maple.data.snapshot import Snapshot
+from maple.data.splits import Boundaries, split_of
+from maple.errors import ArtifactError
+from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
+from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
+from maple.evaluate.metrics import LIST_LEVEL
+from maple.features.build import FeatureArtifact
+from maple.features.spec import FeatureSpec
+from maple.hashing import combine, rng
+from maple.models.base import FitContext
+from maple.recommend.bundle import Bundle, load
+from maple.recommend.settings import PipelineSettings
+from maple.run import RunConfig, StepResult, Tables, merged
+from maple.train import objectives
+from maple.train.fit import Say, fit_pipeline, fit_sources, lists_of_pipeline, lists_of_source, ranker_rows
+from maple.train.registry import Tracking
+from maple.train.rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What learning steps share: the snapshot in memory, its cut, its features, the settings with what was tuned."""
+
+    home: Place
+    snapshot: Snapshot
+    data: Dataset
+    cut: Boundaries
+    built: FeatureArtifact
+    settings: PipelineSettings
+    ctx: FitContext
+
+    @staticmethod
+    def open(config: RunConfig, say: Say) -> Material:
+        home = Place.at(maple_home())
+        snapshot = Snapshot.open(home)
+        built = FeatureArtifact.open(home)
+        if built.snapshot_digest != snapshot.digest:
+            raise ArtifactError("the latest features were built from another snapshot; run `maple features build`")
+        check_writable(home)
+        say(f"loading snapshot {snapshot.name}")
+        data = snapshot.dataset()
+        tuned = {name: found["config"] for name, found in tunings(home, snapshot).items()}
+        settings = merged(config.pipeline_for(snapshot.targets), tuned)
+        return Material(home, snapshot, data, split_of(data, config.split), built, settings, FitContext(config.seed, config.threads))
+
+    @property
+    def spec(self) -> FeatureSpec:
+        return self.built.spec
+
+
+def tune(config: RunConfig, say: Say) -> StepResult:
+    """Search hyper-parameters on the validation part; what is found is used by the steps after it."""
+    material = Material.open(config, say)
+    connect(say)
+    from maple.train import tune_ray
+
+    home, asked = material.home, config.tune
+    found: dict[str, dict[str, Any]] = {}
+    tables: list[tuple[str, list[str], list[list[str]]]] = []
+    for name in asked.models:
+        problem = objectives.problem_of(name, material.data, material.cut, material.settings, asked.epochs, material.ctx)
+        if isinstance(problem, objectives.RankerProblem):
+            settings = merged(material.settings, {model: known["config"] for model, known in found.items()})
+            problem = problem.with_rows(_rows(config, material, settings, say))
+        best: list[float] = []
+
+        def progress(trial: Any, name: str = name, best: list[float] = best) -> None:
+            if trial.value is not None:
+                best.append(trial.value)
+            say(f"{name}: trial {trial.number + 1} {trial.phase} {trial.state}" + (f", best {max(best):.4f}" if best else ""))
+
+        result = tune_ray.tune(
+            problem.objective, problem.data, problem.space, name=name, home=home, metric=problem.metric, given=[problem.default],
+            random_trials=asked.random_trials, tpe_trials=asked.tpe_trials, halving=problem.halving,
+            max_concurrent=asked.max_concurrent, seed=config.seed, resume=asked.resume, progress=progress,
+            fingerprint=combine([material.snapshot.digest, str(material.cut), json.dumps(problem.plain(), sort_keys=True)]),
+            tracking=Tracking.open(home),
+        )  # fmt: skip
+        first = result.trials["value"][0].as_py()
+        found[name] = {
+            "config": result.best_config,
+            "value": result.best_value,
+            "default": first,
+            "folder": result.folder,
+            "metric": result.metric,
+        }
+        rows = [[str(key), _short(value)] for key, value in result.best_config.items()]
+        tables.append(
+            (
+                f"{name}: best of {result.trials.num_rows} trials, {result.metric} {result.best_value:.4f} (defaults {first or 0:.4f})",
+                ["setting", "value"],
+                rows,
+            )
+        )
+    (home / "tunings" / f"{material.snapshot.digest}.json").write(json.dumps(found, indent=1).encode())
+    summary = "; ".join(f"{name}: {known['metric']} {known['default'] or 0:.4f} -> {known['value']:.4f}" for name, known in found.items())
+    return StepResult(summary, tables=tuple(tables), facts=found)
+
+
+def tunings(home: Place, snapshot: Snapshot) -> dict[str, Any]:
+    """What tuning found for a snapshot, by model; empty where nothing was tuned."""
+    place = home / "tunings" / f"{snapshot.digest}.json"
+    return dict(json.loads(place.read())) if place.exists() else {}
+
+
+def _rows(config: RunConfig, material: Material, settings: PipelineSettings, say: Say) -> Rows:
+    """The ranker's rows, made once for the same data, cut, sources and row settings."""
+    asked = {
+        "snapshot": material.snapshot.digest, "spec": material.spec.digest, "cut": [material.cut.t1, material.cut.t2],
+        "pipeline": {**settings.plain(), "ranker": None, "rerank": None}, "rows": config.rows.plain(), "seed": config.seed,
+    }  # fmt: skip
+    folder = material.home / "rows" / combine([json.dumps(asked, sort_keys=True)])[:16]
+    if (folder / MANIFEST).exists():
+        arrays = tensors_of(read_file(folder, open_manifest(folder, "rows"), "rows.safetensors"))
+        columns = {name.removeprefix("column/"): array for name, array in arrays.items() if name.startswith("column/")}
+        return Rows(columns, arrays["labels"], arrays["groups"])
+    known = material.data.before(material.cut.t2)
+    early, _ = fit_sources(known.before(material.cut.t1), settings, material.ctx, lambda text: say(f"before T1: {text}"))
+    made = ranker_rows(
+        known, early, settings, material.spec, material.cut, config.rows, timeline=material.built.timeline(), seed=config.seed, say=say
+    )
+    data = tensor_bytes({f"column/{name}": array for name, array in made.columns.items()} | {"labels": made.labels, "groups": made.groups})
+    seal(folder, "rows", asked, [write_file(folder, "rows.safetensors", data, len(made))])
+    return made
+
+
+def train(config: RunConfig, say: Say) -> StepResult:
+    """Fit sources and ranker on what lies before the test part; the bundle is what ``evaluate`` measures."""
+    material = Material.open(config, say)
+    settings, cut = material.settings, material.cut
+    rows = _rows(config, material, settings, say) if settings.ranker is not None else None
+    fitted = fit_pipeline(
+        material.data, settings, cut, fingerprint=material.snapshot.digest, spec=material.spec, timeline=material.built.timeline(),
+        rows=rows, ctx=material.ctx, say=say,
+    )  # fmt: skip
+    digest = fitted.bundle.save(material.home)
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest[:8]}"
+    meta = {
+        "bundle": digest, "snapshot": material.snapshot.name, "snapshot_digest": material.snapshot.digest, "t1": cut.t1, "t2": cut.t2,
+        "seed": config.seed, "metrics": {model: dict(values) for model, values in fitted.metrics.items()},
+    }  # fmt: skip
+    seal(material.home / "runs" / name, "run", meta, [])
+    point(material.home, "run", name)
+    with Tracking.open(material.home).run("train", name, tags={"bundle": digest}) as run:
+        run.params({"seed": config.seed, "snapshot": material.snapshot.name, "sources": ", ".join(fitted.bundle.parts.sources)})
+        run.metrics({f"{model}/{key}": value for model, values in fitted.metrics.items() for key, value in values.items()})
+    summary = f"{len(settings.sources)} sources" + (f", ranker on {rows.describe()}" if rows else "") + f"; bundle {digest[:12]}"
+    return StepResult(summary, facts=meta)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """The latest run: its bundle, and the data and cut that it was trained on."""
+
+    name: str
+    bundle: Bundle
+    snapshot: Snapshot
+    cut: Boundaries
+
+    @staticmethod
+    def open(home: Place) -> TrainedRun:
+        name = latest(home, "run")
+        meta = open_manifest(home / "runs" / name, "run").meta
+        return TrainedRun(name, load(home, meta["bundle"]), Snapshot.open(home, meta["snapshot"]), Boundaries(meta["t1"], meta["t2"]))
+
+
+def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], TrainedRun, Relevant]:
+    """The pipeline and its sources on the test part of the latest run, by name."""
+    home = Place.at(maple_home())
+    run = TrainedRun.open(home)
+    check_writable(home)
+    data = run.snapshot.dataset()
+    bundle, now, asked = run.bundle, run.cut.t2, config.evaluate
+    relevant = relevant_of(data, now, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)
+    if len(relevant) > asked.max_users:
+        drawn = np.sort(rng(config.seed, "evaluate/users").choice(len(relevant), asked.max_users, replace=False))
+        relevant = relevant.take(drawn)
+    stats = CatalogueStats.of(data, now, vectors=bundle.parts.vectors)
+    segments = user_segments(data, relevant.users, now)
+    width = max(asked.ks)
+    askers = {"pipeline": lists_of_pipeline(bundle, data, relevant, now, width)}
+    for name, model in bundle.parts.sources.items():
+        if asked.sources or name == asked.baseline:
+            askers[name] = lists_of_source(model, bundle, data, relevant, now, width)
+    found: dict[str, Evaluation] = {}
+    for name, recommend in askers.items():
+        say(f"evaluating {name} on {len(relevant):,} users")
+        found[name] = evaluate(
+            recommend, relevant, catalogue=stats, ks=asked.ks, segments=segments, seed=config.seed, bootstrap=asked.bootstrap,
+            notes={"bundle": bundle.digest or "", "snapshot": run.snapshot.digest},
+        )  # fmt: skip
+    return found, run, relevant
+
+
+def evaluate_step(config: RunConfig, say: Say) -> StepResult:
+    """Measure the trained pipeline and its sources on the test part; the result is kept beside the run."""
+    found, run, relevant = evaluate_run(config, say)
+    home = Place.at(maple_home())
+    folder = home / "evaluations" / run.name
+    files = []
+    for name, result in found.items():
+        files += [
+            write_file(folder, f"{name}.json", result.to_json().encode()),
+            write_file(folder, f"{name}.safetensors", tensor_bytes(result.tensors())),
+        ]
+    seal(folder, "evaluation", {"run": run.name, "models": list(found)}, files)
+    baseline = config.evaluate.baseline if config.evaluate.baseline in found else "pipeline"
+    tables = evaluation_tables(found, baseline)
+    with Tracking.open(home).run("evaluate", run.name, tags={"bundle": run.bundle.digest or ""}) as record:
+        record.metrics({f"{name}/{metric}": value for name, result in found.items() for metric, value in result.means.items()})
+    best = default_metrics(found["pipeline"])[0]
+    own, base = found["pipeline"].means[best], found[baseline].means[best]
+    summary = (
+        f"{len(relevant):,} test users; {best} {own:.4f}, {own / base:.2f} x {baseline}"
+        if base
+        else f"{len(relevant):,} test users; {best} {own:.4f}"
+    )
+    facts = {name: dict(result.means) for name, result in found.items()}
+    return StepResult(summary, tables=tables, facts=facts)
+
+
+def evaluation_tables(found: Mapping[str, Evaluation], baseline: str) -> Tables:
+    """Accuracy with the paired difference to the baseline, and what lists are like beyond it; narrow enough for a terminal."""
+    rows = summary(found, baseline)
+    first, *others = [cell.metric for cell in rows[0].cells]
+    accuracy = [name for name in others if name.split("@")[0] not in LIST_LEVEL]
+    beyond = [name for name in others if name not in accuracy]
+    out: list[tuple[str, list[str], list[list[str]]]] = []
+    header = ["model", first, "95 % interval", f"vs {baseline}", *accuracy]
+    body = []
+    for row in rows:
+        cells = {cell.metric: cell for cell in row.cells}
+        lead = cells[first]
+        spread = "-".join(format_value(first, bound) for bound in lead.interval) if lead.interval else ""
+        lift = "" if row.baseline else format_difference(lead.difference)
+        body.append([row.model, format_value(first, lead.mean), spread, lift, *(format_value(m, cells[m].mean) for m in accuracy)])
+    out.append((f"Accuracy on the test part (* = the paired difference to {baseline} is more than chance)", header, body))
+    if beyond:
+        lists = [[row.model, *(format_value(cell.metric, cell.mean) for cell in row.cells if cell.metric in beyond)] for row in rows]
+        out.append(("Beyond accuracy", ["model", *beyond], lists))
+    return tuple(out)
+
+
+def read_evaluations(home: Place, name: str) -> dict[str, Evaluation]:
+    """The kept evaluations of a run, by model."""
+    folder = home / "evaluations" / name
+    manifest = open_manifest(folder, "evaluation")
+    return {
+        model: Evaluation.from_json(
+            read_file(folder, manifest, f"{model}.json"), tensors_of(read_file(folder, manifest, f"{model}.safetensors"))
+        )
+        for model in manifest.meta["models"]
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
