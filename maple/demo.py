@@ -64,6 +64,8 @@ def small(config: RunConfig) -> RunConfig:
     for section, values in SMALL.items():
         asked = getattr(config, section).model_fields_set
         page[section] |= {name: value for name, value in values.items() if name not in asked}
+    if "threads" not in config.model_fields_set:
+        page["threads"] = min(os.cpu_count() or 1, 4)  # one step runs at a time, so a fit may have the machine
     return RunConfig.parse(page, "demo settings")
 
 
