@@ -38,7 +38,7 @@ class ItemKnnConfig(Section):
     """cosine and tfidf: exponent of the candidate's squared norm; the history item's is 1 minus it. Less favours popular candidates."""
     alpha: float = Field(default=0.6, gt=0)
     """rp3beta: exponent of the transition probabilities."""
-    beta: float = Field(default=0.2, ge=0)
+    beta: float = Field(default=0.3, ge=0)
     """rp3beta: exponent of the popularity that divides the end of the walk; 0 = no damping."""
     k1: float = Field(default=1.2, gt=0)
     """bm25: how soon repeated interest stops to count."""
