@@ -79,14 +79,13 @@ def start_local(
     """
     global _current
     say = say or (lambda text: None)
-    # Socket paths may have 107 characters, so this folder's name is short and never below MAPLE_HOME.
-    temp_dir = Path(tempfile.mkdtemp(prefix="maple-"))
+    temp_dir = Path(tempfile.mkdtemp(prefix="maple-", dir=_short_temp()))
     gcs, agent_http, agent_grpc, env_agent, metrics, dash, fallback_http, fallback_grpc, stats, prometheus = free_ports(10)
     replica_ports = _free_block(200)
     token = temp_dir / "token"
     token.write_text(secrets.token_urlsafe(32))
     token.chmod(0o600)
-    haproxy = temp_dir / "haproxy"
+    haproxy = temp_dir / "h"  # short, see _short_temp
     haproxy.mkdir()
     own = {
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -95,8 +94,8 @@ def start_local(
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(prometheus),  # HAProxy binds it even where its metrics are off
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
@@ -236,6 +235,16 @@ def _die_with_parent() -> None:
     """In the child: get SIGTERM when the process that started it dies, so that no cluster is left behind (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _short_temp() -> str:
+    """Where a cluster's folder goes: the temporary folder, or /tmp where that has too long a name.
+
+    A socket's path may have 107 characters for Ray and 97 for HAProxy. Ray puts ``/ray/session_<time and process>/sockets/plasma_store``
+    below the cluster's folder, and Serve ``/h/<56 digits>/a``.
+    """
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 20 else "/tmp"  # noqa: S108 - the folder in it is this process's own
 
 
 def _free_block(size: int) -> int:
