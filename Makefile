@@ -36,6 +36,7 @@ doctor: $(STAMP)  ## Versions, Ray flags, ports, stores
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { echo "Maple needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Installing the pinned dependencies into $(VENV): about 3 GB, some minutes on the first run"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,redis]'

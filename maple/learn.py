@@ -31,7 +31,7 @@ from maple.config import maple_home
 from maple.data.dataset import Dataset
 from maple.data.snapshot import Snapshot
 from maple.data.splits import Boundaries, split_of
-from maple.errors import ArtifactError
+from maple.errors import ArtifactError, ConfigError, unknown_name
 from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
 from maple.evaluate.metrics import LIST_LEVEL
@@ -86,17 +86,18 @@ def tune(config: RunConfig, say: Say) -> StepResult:
     from maple.train import tune_ray
 
     home, asked = material.home, config.tune
+    untuned = config.pipeline_for(material.snapshot.targets)  # not what an earlier search found: that would ask another question
     found: dict[str, dict[str, Any]] = {}
     tables: list[tuple[str, list[str], list[list[str]]]] = []
     for name in asked.models:
-        problem = objectives.problem_of(name, material.data, material.cut, material.settings, asked.epochs, material.ctx)
+        problem = objectives.problem_of(name, material.data, material.cut, untuned, asked.epochs, material.ctx)
         if isinstance(problem, objectives.RankerProblem):
-            settings = merged(material.settings, {model: known["config"] for model, known in found.items()})
+            settings = merged(untuned, {model: known["config"] for model, known in found.items()})
             problem = problem.with_rows(_rows(config, material, settings, say))
         best: list[float] = []
 
         def progress(trial: Any, name: str = name, best: list[float] = best) -> None:
-            if trial.value is not None:
+            if trial.state == "complete" and trial.value is not None:  # a pruned one has only what it reported on its way
                 best.append(trial.value)
             say(f"{name}: trial {trial.number + 1} {trial.phase} {trial.state}" + (f", best {max(best):.4f}" if best else ""))
 
@@ -195,6 +196,16 @@ class TrainedRun:
         return TrainedRun(name, load(home, meta["bundle"]), Snapshot.open(home, meta["snapshot"]), Boundaries(meta["t1"], meta["t2"]))
 
 
+def baseline_of(config: RunConfig, bundle: Bundle) -> str:
+    """The source that others are compared with: the one asked for, else ``popular``, else the pipeline's first."""
+    name, sources = config.evaluate.baseline, bundle.parts.sources
+    if name in sources:
+        return name
+    if "baseline" in config.evaluate.model_fields_set:
+        raise ConfigError("evaluate.baseline: " + unknown_name("source", name, sources))
+    return next(iter(sources))
+
+
 def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], TrainedRun, Relevant]:
     """The pipeline and its sources on the test part of the latest run, by name."""
     home = Place.at(maple_home())
@@ -202,6 +213,7 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     check_writable(home)
     data = run.snapshot.dataset()
     bundle, now, asked = run.bundle, run.cut.t2, config.evaluate
+    baseline = baseline_of(config, bundle)
     relevant = relevant_of(data, now, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)
     if len(relevant) > asked.max_users:
         drawn = np.sort(rng(config.seed, "evaluate/users").choice(len(relevant), asked.max_users, replace=False))
@@ -211,7 +223,7 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     width = max(asked.ks)
     askers = {"pipeline": lists_of_pipeline(bundle, data, relevant, now, width)}
     for name, model in bundle.parts.sources.items():
-        if asked.sources or name == asked.baseline:
+        if asked.sources or name == baseline:
             askers[name] = lists_of_source(model, bundle, data, relevant, now, width)
     found: dict[str, Evaluation] = {}
     for name, recommend in askers.items():
@@ -235,7 +247,7 @@ def evaluate_step(config: RunConfig, say: Say) -> StepResult:
             write_file(folder, f"{name}.safetensors", tensor_bytes(result.tensors())),
         ]
     seal(folder, "evaluation", {"run": run.name, "models": list(found)}, files)
-    baseline = config.evaluate.baseline if config.evaluate.baseline in found else "pipeline"
+    baseline = baseline_of(config, run.bundle)
     tables = evaluation_tables(found, baseline)
     with Tracking.open(home).run("evaluate", run.name, tags={"bundle": run.bundle.digest or ""}) as record:
         record.metrics({f"{name}/{metric}": value for name, result in found.items() for metric, value in result.means.items()})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,15 +17,19 @@ from maple.config import maple_home
 from maple.data.etl import bucket_of
 from maple.data.snapshot import Snapshot
 from maple.data.splits import Boundaries
-from maple.errors import MapleError
+from maple.errors import ConfigError, MapleError
 from maple.features.folder import Folder
 from maple.features.store import events_of, rows_of
 from maple.learn import Material, TrainedRun
 from maple.recommend.bundle import load
+from maple.recommend.settings import PipelineSettings
 from maple.run import RunConfig, StepResult
 from maple.train.fit import Say, fit_pipeline
 from maple.train.registry import Tracking, mirror, register
 from maple.train.release import Ledger, Release
+
+if TYPE_CHECKING:
+    from maple.serve.rollout import Replicas
 
 
 def publish(config: RunConfig, say: Say) -> StepResult:
@@ -38,7 +43,7 @@ def publish(config: RunConfig, say: Say) -> StepResult:
     end = material.data.span[1] + 1
     cut = Boundaries(run.cut.t2, end)
     fitted = fit_pipeline(
-        material.data, run.bundle.settings, cut, fingerprint=material.snapshot.digest, spec=material.spec,
+        material.data, _published_settings(config, run.bundle.settings), cut, fingerprint=material.snapshot.digest, spec=material.spec,
         timeline=material.built.timeline(), row_settings=config.rows, early=run.bundle.parts.sources, metrics=metrics,
         ctx=material.ctx, say=say,
     )  # fmt: skip
@@ -54,6 +59,41 @@ def publish(config: RunConfig, say: Say) -> StepResult:
     return StepResult(summary, facts={"bundle": digest, "version": version})
 
 
+def _published_settings(config: RunConfig, ran: PipelineSettings) -> PipelineSettings:
+    """What is not learned from the page that was given, what is learned from the run that was evaluated.
+
+    ``ConfigError`` where the page asks for other models or other settings of them than the run has: those must be trained first.
+    """
+    if config.pipeline is None:
+        return ran
+    page, fitted = config.pipeline.plain(), ran.plain()
+    differs = [name for name in ("history_limit", "repeats", "bought") if page[name] != fitted[name]]
+    asked = {source["name"]: source for source in page["sources"]}
+    known = {source["name"]: source for source in fitted["sources"]}
+    if {name: one["model"] for name, one in asked.items()} != {name: one["model"] for name, one in known.items()}:
+        differs.append("sources")
+    else:
+        differs += [f"sources.{name}.config" for name in asked if not _within(asked[name]["config"], known[name]["config"])]
+    given, ranker = page["ranker"] or {"model": None, "config": {}}, fitted["ranker"] or {"model": None, "config": {}}
+    if given["model"] != ranker["model"] or not _within(given["config"], ranker["config"]):
+        differs.append("ranker")
+    if differs:
+        raise ConfigError(
+            f"the page's pipeline differs from the latest run in {', '.join(differs)}, which only training can change. "
+            "Run `maple train` and `maple evaluate` with the same --config first, then publish."
+        )
+    sources = [{**one, "config": known[name]["config"]} for name, one in asked.items()]
+    return PipelineSettings.parse({**page, "sources": sources, "ranker": fitted["ranker"]}, "published pipeline settings")
+
+
+def _within(asked: Mapping[str, Any], fitted: Mapping[str, Any]) -> bool:
+    """Whether every setting asked for is the one that was fitted; sections are compared setting by setting."""
+    return all(
+        _within(value, fitted[name]) if isinstance(value, Mapping) and isinstance(fitted.get(name), Mapping) else fitted.get(name) == value
+        for name, value in asked.items()
+    )
+
+
 def _evaluated(home: Place, name: str) -> dict[str, float]:
     """The pipeline's measured quality, for the bundle; empty where the run was not evaluated."""
     folder = home / "evaluations" / name
@@ -64,16 +104,41 @@ def _evaluated(home: Place, name: str) -> dict[str, float]:
 
 
 def promote(digest: str, *, expect: int | None = None, note: str = "") -> StepResult:
-    """Move the champion to a bundle."""
+    """Move the champion to a bundle; a service on the cluster that ``RAY_ADDRESS`` names prepares it first, everywhere."""
     home = Place.at(maple_home())
     ledger = Ledger.open(home)
-    return _released(home, ledger.promote(ledger.resolve(digest), expected_generation=expect, note=note))
+    found = ledger.resolve(digest)
+    replicas = _replicas()
+    if replicas is None:
+        return _released(home, ledger.promote(found, expected_generation=expect, note=note))
+    from maple.serve import rollout
+
+    return _released(home, rollout.promote(ledger, replicas, found, expected_generation=expect, note=note))
 
 
 def rollback(*, note: str = "") -> StepResult:
-    """Move the champion back to the bundle before it."""
+    """Move the champion back to the bundle before it; the service is moved as by ``promote``."""
     home = Place.at(maple_home())
-    return _released(home, Ledger.open(home).rollback(note=note))
+    ledger = Ledger.open(home)
+    replicas = _replicas()
+    if replicas is None:
+        return _released(home, ledger.rollback(note=note))
+    from maple.serve import rollout
+
+    return _released(home, rollout.rollback(ledger, replicas, note=note))
+
+
+def _replicas() -> Replicas | None:
+    """The service of the cluster that ``RAY_ADDRESS`` names (in a job: the job's own); None without one.
+
+    A local ``maple serve`` follows the ledger by itself.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    connect()
+    from maple.serve.deploy import deployed
+
+    return deployed()
 
 
 def _released(home: Place, release: Release) -> StepResult:

@@ -27,17 +27,21 @@ class StepLine:
         self._status = console.status("")
         self._start = time.perf_counter()
         self._plain = not console.is_terminal
+        self._said: set[str] = set()
 
     def say(self, text: str) -> None:
         """Show what the step is doing now."""
         if self._plain:
+            if text in self._said:
+                return
+            self._said.add(text)
             console.print(f"  [dim]{time.perf_counter() - self._start:6.1f} s[/dim]  {escape(text)}")
         else:
             self._status.update(f"[bold]{escape(self.title)}[/bold] [dim]{escape(text)}[/dim]")
 
     def done(self, text: str, *details: str) -> None:
         """What came of the step; details are shown on lines of their own."""
-        self.result, self.details = text, list(details)
+        self.result, self.details = text, [detail for detail in details if detail not in self._said]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Evaluation, tuning, publishing and the benchmarks all train through ``fit_pipeli
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def fit_sources(
         say(f"fitting {source.name} ({place} of {len(settings.sources)})")
         kind = model_class(source.model)
         model = kind(kind.Config.parse(source.config, f"source {source.name!r}"))  # type: ignore[call-arg]
-        metrics[source.name] = model.fit(data, ctx)
+        metrics[source.name] = model.fit(data, _telling(ctx, f"fitting {source.name}", say))
         models[source.name] = model
     return models, metrics
 
@@ -91,12 +91,24 @@ def ranker_rows(
     return gather(parts)
 
 
-def fit_ranker(rows: Rows, settings: PipelineSettings, ctx: FitContext) -> tuple[Ranker, Metrics]:
+def fit_ranker(rows: Rows, settings: PipelineSettings, ctx: FitContext, say: Say = print) -> tuple[Ranker, Metrics]:
     """The ranker of the settings, fitted on rows."""
     assert settings.ranker is not None, "only a pipeline with a ranker fits one"
     kind = ranker_class(settings.ranker.model)
     ranker = kind(kind.Config.parse(settings.ranker.config, "ranker"))  # type: ignore[call-arg]
-    return ranker, ranker.fit(rows.columns, rows.labels, rows.groups, ctx)
+    return ranker, ranker.fit(rows.columns, rows.labels, rows.groups, _telling(ctx, "fitting the ranker", say))
+
+
+def _telling(ctx: FitContext, what: str, say: Say) -> FitContext:
+    """A context whose reports are also said: a sign of life from long fits."""
+
+    def report(step: int, metrics: Metrics) -> None:
+        if ctx.report is not None:
+            ctx.report(step, metrics)
+        quality = next((f", {name} {value:.4f}" for name, value in metrics.items() if name.startswith("ndcg")), "")
+        say(f"{what}: step {step}{quality}")
+
+    return replace(ctx, report=report)
 
 
 def fit_pipeline(
@@ -132,7 +144,7 @@ def fit_pipeline(
                 known, early, settings, spec, cut, row_settings or RowSettings(), timeline=timeline, seed=ctx.seed, say=say
             )  # fmt: skip
         say(f"fitting the ranker on {rows.describe()}")
-        ranker, told["ranker"] = fit_ranker(rows, settings, ctx)
+        ranker, told["ranker"] = fit_ranker(rows, settings, ctx, say)
     sources, own = fit_sources(known, settings, ctx, lambda text: say(f"before T2: {text}"))
     timeline = timeline or ItemTimeline.from_data(known, spec)
     items = ItemFeatures(spec, timeline.read(int(timeline.closed(np.int64(cut.t2)))))  # type: ignore[arg-type]

@@ -140,7 +140,7 @@ def _ndcg(kind: Any, config: Section, data: SourceData) -> float:
 def ranker_objective(config: Config, data: RankerData, report: Report) -> float:
     """NDCG@10 over the held-out queries' rows; each epoch reports the value on the ranker's own early-stopping part."""
     kind = ranker_class(data.model)
-    full = configured(kind.Config.parse(data.config, data.model), {**config, "training.epochs": data.epochs})
+    full = configured(kind.Config.parse(data.config, data.model), {**config, "training.epochs": data.epochs, "ensemble": 1})
 
     def told(step: int, metrics: Metrics) -> None:
         value = metrics.get("ndcg_10", metrics.get("neg_log_loss"))
