@@ -181,9 +181,11 @@ def attach(address: str | None = None) -> str:
                 f"no Ray cluster answers at {address or 'the default address'}: {error}. "
                 "Start one with `ray start --head` (with the flags of maple/ray.env), or leave RAY_ADDRESS unset for a local one."
             ) from None
-    for name in ("ray.data", "ray.serve"):  # their remarks in passing are not for whoever runs a step
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     import ray.data
+
+    for name in ("ray.data", "ray.serve"):  # their remarks in passing are not for whoever runs a step; importing set them anew
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     quiet_data = ray.data.DataContext.get_current()
     quiet_data.enable_progress_bars = False
