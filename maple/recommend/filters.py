@@ -22,8 +22,15 @@ from maple.recommend.engine import Candidates, Query
 MAX_FILTER_VALUES = 1000
 
 
+class FilterError(ServeError):
+    """A request's filter that these items cannot answer."""
+
+
 class ItemColumns:
-    """The item table as arrays by code, made on first use: categorical columns as int32 codes, numeric ones as float32."""
+    """The item table as arrays by code, made on first use: categorical columns as int32 codes, numeric ones as float32.
+
+    Timestamps and dates are microseconds since 1970.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -35,13 +42,23 @@ class ItemColumns:
         return [name for name in self.table.column_names if name != "item_id"]
 
     def numeric(self, name: str) -> bool:
+        """Whether a range over the column means something; a point in time counts as a number."""
         kind = self.table.schema.field(name).type
-        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_temporal(kind))
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or self._moments(name))
+
+    def _moments(self, name: str) -> bool:
+        kind = self.table.schema.field(name).type
+        return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
+
+    def _microseconds(self, name: str) -> pa.ChunkedArray:
+        kind = self.table.schema.field(name).type
+        return self.table[name].cast(pa.timestamp("us", tz=getattr(kind, "tz", None)), safe=False).cast(pa.int64())
 
     def codes(self, name: str) -> tuple[Int32, Mapping[Any, int]]:
         """(code of each item's value int32[I], -1 = missing; value -> code)."""
         if name not in self._codes:
-            encoded = self.table[name].combine_chunks().dictionary_encode()
+            column = self._microseconds(name) if self._moments(name) else self.table[name]
+            encoded = column.combine_chunks().dictionary_encode()
             if isinstance(encoded, pa.ChunkedArray):
                 encoded = encoded.combine_chunks()
             codes = np.asarray(pc.fill_null(encoded.indices, -1)).astype(np.int32)
@@ -51,15 +68,13 @@ class ItemColumns:
     def floats(self, name: str) -> Float32:
         """float32[I], NaN = missing."""
         if name not in self._floats:
-            self._floats[name] = np.asarray(self.table[name].cast(pa.float64()).fill_null(float("nan"))).astype(np.float32)
+            self._floats[name] = np.asarray(self.table[name].cast(pa.float64(), safe=False).fill_null(float("nan"))).astype(np.float32)
         return self._floats[name]
 
     def times(self, name: str) -> Int64:
-        """Microseconds int64[I] of a timestamp column, the smallest int64 = missing."""
-        column = self.table[name]
-        if pa.types.is_timestamp(column.type):
-            column = column.cast(pa.timestamp("us", tz=column.type.tz)).cast(pa.int64())
-        return np.asarray(column.cast(pa.int64()).fill_null(np.iinfo(np.int64).min))
+        """Microseconds int64[I] of a timestamp or date column, the smallest int64 = missing."""
+        column = self._microseconds(name) if self._moments(name) else self.table[name].cast(pa.int64())
+        return np.asarray(column.fill_null(np.iinfo(np.int64).min))
 
     def matches(self, name: str, accepted: Iterable[Any]) -> Bool:
         """Whether each item's value is one of ``accepted``, bool[I]; a missing value is none of them."""
@@ -69,31 +84,44 @@ class ItemColumns:
         return table[codes]
 
     def mask(self, filters: Mapping[str, Any]) -> Bool:
-        """Items that pass a request's filters, bool[I]: ``{column: [accepted values]}`` or ``{column: {"min": x, "max": y}}``."""
+        """Items that pass a request's filters, bool[I]: ``{column: [accepted values]}`` or ``{column: {"min": x, "max": y}}``.
+
+        Raises ``FilterError`` for a filter that these items cannot answer.
+        """
         out = np.ones(self.table.num_rows, dtype=bool)
         for name, wanted in filters.items():
             self._check(name, wanted)
-            if isinstance(wanted, Mapping):
-                values = self.floats(name)
-                with np.errstate(invalid="ignore"):
-                    out &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
-            else:
-                out &= self.matches(name, wanted)
+            try:
+                out &= self._within(name, wanted) if isinstance(wanted, Mapping) else self.matches(name, wanted)
+            except (pa.ArrowException, TypeError, ValueError) as error:  # a column of lists, for one
+                kind = self.table.schema.field(name).type
+                raise FilterError(f"filters.{name}: a column of type {kind} cannot be filtered ({type(error).__name__})") from None
         return out
 
+    def _within(self, name: str, bounds: Mapping[str, float]) -> Bool:
+        """Whether each item's value lies in the range, both ends included, bool[I]; a missing value does not."""
+        low, high = bounds.get("min", -np.inf), bounds.get("max", np.inf)
+        if self._moments(name):  # float32 cannot tell apart what is minutes apart
+            times = self.times(name)
+            inside: Bool = (times >= low) & (times <= high) & (times != np.iinfo(np.int64).min)
+            return inside
+        values = self.floats(name)
+        with np.errstate(invalid="ignore"):
+            return (values >= low) & (values <= high)
+
     def _check(self, name: str, wanted: Any) -> None:
-        """``ServeError`` for a filter that these items cannot answer."""
+        """``FilterError`` for a filter that these items cannot answer."""
         if name not in self.names:
-            raise ServeError(f"filters: {unknown_name('item column', name, self.names)}")
+            raise FilterError(f"filters: {unknown_name('item column', name, self.names)}")
         if isinstance(wanted, Mapping):
             if not self.numeric(name):
-                raise ServeError(f"filters.{name}: a range needs a numeric column; give a list of accepted values")
+                raise FilterError(f"filters.{name}: a range needs a numeric column; give a list of accepted values")
             if not wanted or not wanted.keys() <= {"min", "max"} or not all(isinstance(bound, int | float) for bound in wanted.values()):
-                raise ServeError(f"filters.{name}: a range is {{min: number, max: number}}, at least one of the two")
+                raise FilterError(f"filters.{name}: a range is {{min: number, max: number}}, at least one of the two")
         elif isinstance(wanted, str | bytes) or not isinstance(wanted, Sequence):
-            raise ServeError(f"filters.{name}: give a list of accepted values or a range {{min, max}}")
+            raise FilterError(f"filters.{name}: give a list of accepted values or a range {{min, max}}")
         elif len(wanted) > MAX_FILTER_VALUES or not all(isinstance(value, str | bool | int | float) for value in wanted):
-            raise ServeError(f"filters.{name}: give at most {MAX_FILTER_VALUES} texts, numbers or booleans")
+            raise FilterError(f"filters.{name}: give at most {MAX_FILTER_VALUES} texts, numbers or booleans")
 
 
 class Overlay:

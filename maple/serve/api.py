@@ -161,6 +161,7 @@ Time: TypeAlias = Annotated[
 ]
 Text: TypeAlias = Annotated[str, Field(max_length=256)]
 Number: TypeAlias = Annotated[float, Field(ge=-1e9, le=1e9)]
+Bound: TypeAlias = Annotated[float, Field(ge=-LATEST_US, le=LATEST_US)]
 Scalar: TypeAlias = Annotated[
     Any,
     BeforeValidator(_scalar),
@@ -178,10 +179,10 @@ class HistoryEvent(Wire):
 
 
 class Range(Wire):
-    """Numbers from ``min`` to ``max``, both included."""
+    """Numbers from ``min`` to ``max``, both included; of a time, microseconds since 1970."""
 
-    min: Number | None = None
-    max: Number | None = None
+    min: Bound | None = None
+    max: Bound | None = None
 
 
 class RecommendationRequest(Wire):
@@ -196,7 +197,7 @@ class RecommendationRequest(Wire):
     exclude: Annotated[list[Id], Field(max_length=MAX_HISTORY, description="items that may not be answered")] = []
     filters: Annotated[
         dict[Text, Annotated[list[Scalar], Field(min_length=1, max_length=100)] | Range],
-        Field(max_length=16, description="item column -> accepted values, or a range of a numeric column"),
+        Field(max_length=16, description="item column -> accepted values, or a range of a numeric one or a time"),
     ] = {}
     context: Annotated[Context, Field(description="anything about this request: device, page, place")] = {}
 

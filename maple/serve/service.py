@@ -29,6 +29,7 @@ from maple.features.store import Ack, Event, OnlineStore
 from maple.hashing import combine
 from maple.recommend.bundle import Bundle, UnknownItem
 from maple.recommend.engine import Deadline, Observer, Pipeline, Query, RemoteSegment, Segment, Slates
+from maple.recommend.filters import FilterError
 from maple.schema import EVENT_CODES, EVENT_TYPES
 from maple.serve.api import EventIn, HistoryEvent, Range, RecommendationRequest, RequestError, rounded
 from maple.serve.batcher import Batcher
@@ -190,7 +191,12 @@ class LocalService:
             state = self.store.get([request.user_id], held.folder)[request.user_id]
         else:
             state = _given(held.folder, request)
-        query = self._query(held.bundle, request, state, request_id)
+        try:
+            query = self._query(held.bundle, request, state, request_id)
+        except FilterError as error:
+            log.info("request %s: %s", request_id, error)
+            hint = "filter by another column; /openapi.json says what a filter may be"
+            raise RequestError(422, "invalid_filter", "these items cannot answer a filter", "filters", hint) from None
         return query, _key(held.digest, request, query, state)
 
     def _query(self, bundle: Bundle, request: RecommendationRequest, state: UserState, request_id: str) -> Query:
@@ -320,7 +326,7 @@ def _filters(bundle: Bundle, request: RecommendationRequest) -> dict[str, Any]:
         if isinstance(wanted, Range):
             bounds = wanted.model_dump(exclude_none=True)
             if not bounds or not columns.numeric(name):
-                hint = "a range needs a numeric column and min, max or both; other columns take a list of accepted values"
+                hint = "a range needs a numeric column or a time, and min, max or both; other columns take a list of accepted values"
                 raise RequestError(422, "invalid_filter", "a filter is a range that cannot be", f"filters.{name}", hint)
             out[name] = bounds
         else:

@@ -11,7 +11,7 @@ import pytest
 
 from maple.errors import ServeError
 from maple.recommend.engine import Candidates, Pipeline, Query, check
-from maple.recommend.filters import ItemColumns, Overlay, Popular, Restrictions, filters
+from maple.recommend.filters import FilterError, ItemColumns, Overlay, Popular, Restrictions, filters
 from maple.schema import EVENT_CODES, ITEMS
 
 TABLE = pa.table(
@@ -94,6 +94,42 @@ def test_request_filters(wanted: Mapping[str, Any], items: list[int] | None) -> 
             ItemColumns(TABLE).mask(wanted)
     else:
         assert np.flatnonzero(ItemColumns(TABLE).mask(wanted)).tolist() == items
+
+
+MOMENTS = pa.table(
+    {
+        "item_id": ["a", "b", "c", "d"],
+        "created_at": pa.array([1_700_000_000_000_000, 1_700_000_000_000_001, None, -5], pa.timestamp("us", tz="UTC")),
+        "updated": pa.array([1_700_000_000_000_000_999, 0, None, -5_000], pa.timestamp("ns")),
+        "day": pa.array([19_675, 0, None, 1], pa.date32()),
+        "count": pa.array([2**60, 0, None, 3], pa.int64()),
+        "tags": [["x"], [], None, ["y"]],
+        "span": pa.array([1, 2, None, 3], pa.duration("s")),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "items"),
+    [
+        ({"created_at": {"min": 1e9}}, [0, 1]),
+        ({"created_at": {"min": 1_700_000_000_000_001}}, [1]),
+        ({"created_at": {"max": 1.7e15}}, [0, 3]),
+        ({"created_at": [1_700_000_000_000_001]}, [1]),
+        ({"updated": {"min": 1.7e15, "max": 1.7e15}}, [0]),
+        ({"day": {"min": 1, "max": 86_400_000_000}}, [3]),
+        ({"count": {"min": 3}}, [0, 3]),
+        ({"tags": ["x"]}, None),
+        ({"tags": {"min": 1}}, None),
+        ({"span": {"min": 1}}, None),
+    ],
+)
+def test_times_are_microseconds_and_what_cannot_be_compared_is_refused(wanted: Mapping[str, Any], items: list[int] | None) -> None:
+    if items is None:
+        with pytest.raises(FilterError, match="filters"):
+            ItemColumns(MOMENTS).mask(wanted)
+    else:
+        assert np.flatnonzero(ItemColumns(MOMENTS).mask(wanted)).tolist() == items
 
 
 def test_a_misspelt_column_is_named() -> None:

@@ -6,16 +6,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow as pa
 import pytest
 from taste_shop import group, publish
 
 from maple.artifacts import Place
 from maple.recommend.bundle import load
 from maple.recommend.engine import Candidates, Deadline, FunctionStage, Query, Segment, SegmentResult
+from maple.schema import ITEMS, TIMESTAMP
 from maple.serve.api import Info, Recommendations, Similar
 from maple.serve.http import create_app
 from maple.serve.service import LocalService
@@ -155,6 +158,34 @@ def test_filters_that_cannot_be_answered_are_refused(service: LocalService, filt
     answer = talk(service, scenario)
     assert answer.status_code == 422
     assert answer.json()["error"]["hint"]
+
+
+def test_no_filter_on_any_item_column_is_an_error_of_the_server(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert service._serving is not None
+    items = service._serving.bundle.parts.item_columns
+    made = {
+        pa.string(): "a", pa.float32(): 2.0, pa.bool_(): True, TIMESTAMP: 1_700_000_000_000_000, pa.date32(): 19_000,
+        pa.list_(pa.string()): ["a"], pa.decimal128(9, 2): Decimal("1.50"), pa.int64(): 1 << 60, pa.time64("us"): 1,
+        pa.duration("s"): 1, pa.struct([("a", pa.int8())]): {"a": 1}, pa.binary(): b"\xff", pa.null(): None,
+    }  # fmt: skip
+    rest = [None] * (items.table.num_rows - 1)
+    kinds = {field.name: field.type for field in ITEMS if field.name != "item_id"} | {f"extra {kind}": kind for kind in made}
+    columns = {name: pa.array([made[kind], *rest], kind) for name, kind in kinds.items()}
+    monkeypatch.setattr(items, "table", pa.table({"item_id": items.table["item_id"], **columns}))
+    wanted = ({"min": 1e9}, {"max": -1}, {"min": 0, "max": 7e15}, ["a"], [2.0, True], [1_700_000_000_000_000], [10**19])
+
+    async def scenario(client: httpx.AsyncClient) -> dict[str, list[int]]:
+        asked = [(name, {"user_id": "u", "filters": {name: value}}) for name in columns for value in wanted]
+        out: dict[str, list[int]] = {}
+        for name, body in asked:
+            out.setdefault(name, []).append((await client.post("/v1/recommendations", json=body)).status_code)
+        return out
+
+    statuses = talk(service, scenario)
+    assert all(status in (200, 422) for each in statuses.values() for status in each), statuses
+    assert {name for name, each in statuses.items() if set(each) == {200}} >= {"created_at", "price", "stock", "margin"}
+    assert set(statuses["title"][:3]) == {422}
+    assert set(statuses["title"][3:]) == {200}
 
 
 def test_similar_items(service: LocalService) -> None:
