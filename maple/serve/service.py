@@ -190,6 +190,9 @@ class LocalService:
             assert self.store is not None, "a held bundle has opened the store"
             state = self.store.get([request.user_id], held.folder)[request.user_id]
         else:
+            now = self.now()
+            for place, event in enumerate(request.history):
+                _not_ahead(event.timestamp, now, f"history.{place}.timestamp")
             state = _given(held.folder, request)
         try:
             query = self._query(held.bundle, request, state, request_id)
@@ -346,12 +349,17 @@ def _given(folder: Folder, request: RecommendationRequest) -> UserState:
     return folder.advance([folder.empty(request.user_id)], rows)[0]
 
 
+def _not_ahead(at: int, now: int, where: str) -> None:
+    """Refuse a time that is further ahead than clocks differ."""
+    if at > now + LEAD_US:
+        hint = "check the sender's clock; an event cannot be later than now"
+        raise RequestError(422, "invalid_request", "the event lies in the future", where, hint)
+
+
 def _event(event: EventIn, place: int, now: int) -> Event:
     """The event as the store keeps it. Times ahead of our clock are now (a little) or refused (more)."""
     at = now if event.timestamp is None else event.timestamp
-    if at > now + LEAD_US:
-        hint = "check the sender's clock, or leave the timestamp out for now"
-        raise RequestError(422, "invalid_request", "the event lies in the future", f"events.{place}.timestamp", hint)
+    _not_ahead(at, now, f"events.{place}.timestamp")
     event_id = event.event_id
     if event_id is None:
         # The same content gives the same id, so that a retry counts once; without a time there is nothing to know a retry by.

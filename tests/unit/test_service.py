@@ -138,6 +138,18 @@ def test_a_history_in_the_request_counts_as_if_it_were_stored(service: LocalServ
     assert recommend(service, "visitor").path[0] == "cold", "a history in a request is not stored"
 
 
+def test_a_history_from_the_future_is_refused(service: LocalService) -> None:
+    now = int(time.time() * 1e6)
+    history = [{"item_id": "i6", "timestamp": now - 1}, {"item_id": "i10", "timestamp": now + 86_400_000_000}]
+
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/recommendations", json={"user_id": "visitor", "history": history})
+
+    answer = talk(service, scenario)
+    assert (answer.status_code, answer.json()["error"]["where"]) == (422, "history.1.timestamp")
+    assert recommend(service, "visitor", history=[{"item_id": "i6", "timestamp": now + 60_000_000}]).items, "clocks differ a little"
+
+
 def test_exclude_and_filters(service: LocalService) -> None:
     everything = recommend(service, "filt", k=20)
     barred = [item.item_id for item in everything.items[:5]]
