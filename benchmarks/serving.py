@@ -184,14 +184,19 @@ def maple(home: Path, digest: str, placement: str) -> Iterator[tuple[str, Callab
 
 
 def serving_processes() -> list[psutil.Process]:
-    """Replicas, proxies and HAProxy of this machine's Serve, by their titles."""
+    """Replicas, proxies and HAProxy of this process's own cluster, by their titles; others on this machine do not count."""
     titles = ("ray::ServeReplica", "ray::ProxyActor", "ray::HAProxyManager")
-    found = []
-    for process in psutil.process_iter(["cmdline", "name"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if line.startswith(titles) or process.info["name"] == "haproxy":
-            found.append(process)
-    return found
+    config = f"{Path(os.environ['RAY_SERVE_HAPROXY_CONFIG_FILE_LOC']).parent}/"  # start_local has put it below the cluster's folder
+    workers = psutil.Process().children(recursive=True)  # the head is a child; HAProxy may have left its tree
+    found = [process for process in workers if " ".join(_command(process)).startswith(titles)]
+    return found + [process for process in psutil.process_iter() if any(config in part for part in _command(process))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or is somebody else's
+        return []
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:

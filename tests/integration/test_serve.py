@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
+import subprocess
 import threading
 import time
 import urllib.request
@@ -178,6 +180,25 @@ def test_nothing_of_the_api_listens_beyond_this_machine(service: tuple[deploy.Ad
     stats, metrics = (int(os.environ[f"RAY_SERVE_HAPROXY_{what}_PORT"]) for what in ("STATS", "METRICS"))
     assert {at for _, at in opened} >= {port, stats, metrics}
     assert {ip for ip, _ in opened} == {"127.0.0.1"}
+
+
+def test_the_benchmark_counts_the_processes_of_its_own_cluster(
+    service: tuple[deploy.Address, Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    serving = importlib.import_module("serving")
+    started = "for name in ray::ServeReplica:other haproxy; do (exec -a $name sleep 60) >&- & echo $!; done"
+    others = {int(pid) for pid in subprocess.check_output(["bash", "-c", started]).split()}
+    try:
+        found = {process.pid: process.name() for process in serving.serving_processes()}
+    finally:
+        for pid in others:
+            psutil.Process(pid).kill()
+    assert found.keys() >= _replica_pids()
+    assert "haproxy" in found.values()
+    assert not found.keys() & others
 
 
 @pytest.mark.parametrize(("name", "deployments"), [("fused", {"Ingress"}), ("split", {"Ingress", "Candidates", "Ranker"})])
