@@ -226,8 +226,11 @@ def _verdict(evaluations: Mapping[str, Evaluation], baseline: str) -> str:
     means = {name: found.means[metric] for name, found in evaluations.items()}
     own, base = means["pipeline"], means[baseline]
     text = f"The served pipeline reaches {metric} {own:.4f} on events after everything it learned from"
-    text += f", {own / base:.2f} times the {baseline} baseline ({base:.4f})." if base else "."
-    best = max((name for name in means if name != "pipeline"), key=lambda name: means[name])
+    text += f", {own / base:.2f} times the {baseline} baseline ({base:.4f})." if base and baseline != "pipeline" else "."
+    sources = [name for name in means if name != "pipeline"]
+    if not sources:
+        return text
+    best = max(sources, key=lambda name: means[name])
     against = compare(evaluations["pipeline"], evaluations[best], metrics=[metric])[metric]
     verdict = "more than chance" if against.low > 0 or against.high < 0 else "no more than chance"
     return f"{text} The best source alone, {best}, reaches {means[best]:.4f}; the difference is {verdict}."

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 
 from maple import cli, doctor, operate, steps
 from maple.artifacts import Place
-from maple.cluster_ray import ray_flags
+from maple.cluster_ray import _short_temp, ray_flags
 from maple.data.ingest import ingest_local
 from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
@@ -494,6 +495,18 @@ def test_a_snapshot_with_a_flipped_bit(maple: Maple, shop: Path) -> None:
         text = maple(*arguments).refusal("ArtifactError")
         assert "bucket=00000.parquet was altered or is torn" in text
         assert "Build the snapshot again" in text
+
+
+# -- the local cluster -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/scratch/someone", "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T"])
+def test_sockets_of_a_local_cluster_fit_under_any_temporary_folder(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
+    cluster = f"{_short_temp()}/maple-12345678"
+    assert len(f"{cluster}/h/{'0' * 56}/a") <= 97, "HAProxy's limit"
+    assert len(f"{cluster}/ray/session_2026-01-01_00-00-00_000000_{2**22}/sockets/plasma_store") <= 107, "Ray's limit"
+    assert cluster.startswith(folder if len(folder) < 20 else "/tmp/")
 
 
 # -- the doctor --------------------------------------------------------------------------------------------------------

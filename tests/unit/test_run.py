@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maple import demo
 from maple.errors import ConfigError
+from maple.evaluate.harness import CatalogueStats, Evaluation, Recommend, Relevant, evaluate
 from maple.recommend.settings import PipelineSettings
 from maple.run import RunConfig, merged, run_config
 
@@ -210,3 +212,28 @@ def test_the_demo_takes_people_at_their_word_where_they_ask_for_the_default() ->
     assert demo.small(run_config(None, None, [f"tune.random_trials={asked}", "serve.clock=now"])).tune.random_trials == asked
     assert demo.small(run_config(None, None, ["serve.clock=now"])).serve.clock == "now"
     assert demo.small(RunConfig()).tune.random_trials < asked
+
+
+def test_the_demos_verdict_holds_for_what_was_measured() -> None:
+    """Against the baseline and the best source where there are any; no claim where there are none."""
+    wanted = np.arange(40, dtype=np.int32) % 8
+    relevant = Relevant(np.arange(40, dtype=np.int32), np.arange(41), wanted)
+    hit = {"pipeline": wanted, "good": np.where(np.arange(40) < 20, wanted, 8), "popular": np.where(np.arange(40) < 4, wanted, 8)}
+
+    def measured(*names: str, k: int = 10) -> dict[str, Evaluation]:
+        def lists(name: str) -> Recommend:
+            return lambda rows: np.concatenate([hit[name][rows, None], np.full((len(rows), k - 1), -1)], axis=1).astype(np.int32)
+
+        stats = CatalogueStats(np.ones(9, np.int64), 9)
+        return {name: evaluate(lists(name), relevant, catalogue=stats, ks=(k,), bootstrap=100) for name in names}
+
+    text = demo._verdict(measured("pipeline", "good", "popular"), "popular")
+    assert "reaches ndcg@10 1.0000 on events" in text
+    assert "10.00 times the popular baseline (0.1000)" in text
+    assert "The best source alone, good, reaches 0.5000; the difference is more than chance." in text
+    assert "reaches ndcg@3 1.0000" in demo._verdict(measured("pipeline", "popular", k=3), "popular")
+    alone = demo._verdict(measured("pipeline"), "pipeline")
+    assert alone == "The served pipeline reaches ndcg@10 1.0000 on events after everything it learned from."
+    without = demo._verdict(measured("pipeline", "good"), "pipeline")
+    assert "times" not in without
+    assert "The best source alone, good," in without
