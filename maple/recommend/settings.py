@@ -154,7 +154,7 @@ DEFAULTS: Mapping[str, Any] = {
     ],
     "ranker": {"model": "dcn"},
     # On the last tenth of Online Retail this costs 0.1 % of NDCG@10 and makes lists 1 % more diverse: on, but mild.
-    "rerank": {"mmr": {"relevance": 0.95}, "freshness": {"weight": 0.02}},
+    "rerank": {"mmr": {"relevance": 0.95}},
 }
 
 

@@ -45,9 +45,10 @@ class Site:
     home: Path
     temporary: Path
 
-    def maple(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "MAPLE_LEDGER"}
-        environment = own | {"MAPLE_HOME": str(self.home), "TMPDIR": str(self.temporary)}
+    def maple(self, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command, on the cluster at ``address`` or, without one, in an environment that knows of no cluster."""
+        environment = {name: value for name, value in os.environ.items() if name != "MAPLE_LEDGER" and (address or name[:4] != "RAY_")}
+        environment |= {"MAPLE_HOME": str(self.home), "TMPDIR": str(self.temporary)} | ({"RAY_ADDRESS": address} if address else {})
         command = [sys.executable, "-c", "from maple.cli import main; main()", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=self.raw.parent, env=environment)
 
@@ -134,20 +135,19 @@ def test_again_in_the_same_home_with_other_questions(site: Site) -> None:
     assert len(re.findall(r"│ sku-\d{5}", asked.stdout)) == 3
 
 
-def test_a_step_that_fails_on_the_cluster_says_why_and_leaves_nothing(site: Site, tmp_path: Path) -> None:
-    """A file whose damage only shows while a task of the cluster reads it."""
+def test_a_step_that_fails_on_the_cluster_says_why_and_leaves_nothing(site: Site, ray_local: str, tmp_path: Path) -> None:
+    """A file whose damage only shows while a task of the cluster reads it; the cluster is one that runs already."""
     folder = shutil.copytree(site.raw, tmp_path / "shop")
     good = (folder / "events.parquet").read_bytes()
     half = len(good) // 2
     (folder / "events.parquet").write_bytes(b"\xff" * half + good[half:])
     fresh = Site(site.raw, tmp_path / "home", site.temporary)
-    done = fresh.maple("ingest", "--data", str(folder))
+    done = fresh.maple("ingest", "--data", str(folder), address=ray_local)
     assert done.returncode == 1
-    assert "starting a local Ray" in done.stdout
+    assert "starting a local Ray" not in done.stdout
     assert re.fullmatch(r"DataError: events\.parquet cannot be read: .*\n", done.stderr)
     assert "Traceback" not in done.stdout
     assert [path for path in fresh.home.rglob("*") if path.is_file()] == []
-    assert fresh.left_running() == []
 
 
 def _check_report(report: str) -> None:
