@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from maple.cluster_ray import ray_flags
 from maple.errors import MapleError
 from maple.serve.load import Load, closed
 
-COMMAND = "python benchmarks/serving.py"
+COMMAND = "make bench NAME=serving"
 CLIENTS = (1, 8, 32)
 DEADLINE_MS = 20_000.0
 BARE = "bare FastAPI/uvicorn, same pipeline"
@@ -199,21 +199,27 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def cpu_seconds(processes: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+def cpu_seconds(processes: list[psutil.Process]) -> dict[int, float]:
+    """CPU seconds so far by process; one that ended meanwhile is left out."""
+    out: dict[int, float] = {}
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            out[process.pid] = times.user + times.system
+    return out
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure(url: str, users: list[str], processes: list[psutil.Process], clients: int, requests: int) -> tuple[Load, float]:
-    """A closed loop of ``clients`` after a short warm-up, and the CPU milliseconds per answer."""
+def measure(url: str, users: list[str], processes: Callable[[], list[psutil.Process]], clients: int, requests: int) -> tuple[Load, float]:
+    """A closed loop of ``clients`` after a short warm-up, and the CPU milliseconds per answer, of whatever serves at its end."""
     target = f"{url}/v1/recommendations"
     asked = itertools.cycle(users)
     asyncio.run(closed(target, lambda number: {"user_id": next(asked), "k": 10}, clients=clients, requests=max(20, requests // 10)))
-    before = cpu_seconds(processes)
+    before = cpu_seconds(processes())
     load = asyncio.run(closed(target, lambda number: {"user_id": next(asked), "k": 10}, clients=clients, requests=requests))
-    spent = cpu_seconds(processes) - before
+    spent = sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds(processes()).items())
     if set(load.statuses) != {200}:
         print(f"  note: statuses {dict(load.statuses)}")
     if load.degraded:
@@ -240,7 +246,7 @@ def run(home: Path, digest: str, requests: int, placements: tuple[str, ...] = ("
     with bare(home, digest) as (url, processes):
         for clients in CLIENTS:
             print(f"bare, {clients} clients")
-            reference[clients] = figures(*measure(url, users, processes(), clients, asked[clients]))
+            reference[clients] = figures(*measure(url, users, processes, clients, asked[clients]))
     rows = []
     start_local(dashboard=True, test=True)
     try:
@@ -248,7 +254,7 @@ def run(home: Path, digest: str, requests: int, placements: tuple[str, ...] = ("
             with maple(home, digest, placement) as (url, processes):
                 for clients in CLIENTS:
                     print(f"{placement}, {clients} clients")
-                    for name, (value, unit) in figures(*measure(url, users, processes(), clients, asked[clients])).items():
+                    for name, (value, unit) in figures(*measure(url, users, processes, clients, asked[clients])).items():
                         rows.append(row(f"serving/{placement}/c{clients}/{name}", value, unit, BARE, reference[clients][name][0], COMMAND))
     finally:
         stop_local()
@@ -258,7 +264,7 @@ def run(home: Path, digest: str, requests: int, placements: tuple[str, ...] = ("
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", help="a Maple home with a champion and a filled online store")
-    parser.add_argument("--requests", type=int, default=3000, help="per measurement; half as many with one client")
+    parser.add_argument("--requests", type=int, default=1000, help="per measurement; half as many with one client")
     parser.add_argument("--dry", action="store_true", help="print the table, write nothing")
     parser.add_argument("--bare", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--digest", help=argparse.SUPPRESS)
