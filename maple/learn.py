@@ -70,8 +70,7 @@ class Material:
         check_writable(home)
         say(f"loading snapshot {snapshot.name}")
         data = snapshot.dataset()
-        tuned = {name: found["config"] for name, found in tunings(home, snapshot).items()}
-        settings = merged(config.pipeline_for(snapshot.targets), tuned)
+        settings = merged(config.pipeline_for(snapshot.targets), chosen(tunings(home, snapshot)))
         return Material(home, snapshot, data, split_of(data, config.split), built, settings, FitContext(config.seed, config.threads))
 
     @property
@@ -87,12 +86,16 @@ def tune(config: RunConfig, say: Say) -> StepResult:
 
     home, asked = material.home, config.tune
     untuned = config.pipeline_for(material.snapshot.targets)  # not what an earlier search found: that would ask another question
+    asks = {  # what a trial's value depends on: another answer to any of it is another search
+        "snapshot": material.snapshot.digest, "cut": [material.cut.t1, material.cut.t2], "pipeline": untuned.plain(),
+        "rows": config.rows.plain(), "epochs": asked.epochs,
+    }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     tables: list[tuple[str, list[str], list[list[str]]]] = []
     for name in asked.models:
         problem = objectives.problem_of(name, material.data, material.cut, untuned, asked.epochs, material.ctx)
         if isinstance(problem, objectives.RankerProblem):
-            settings = merged(untuned, {model: known["config"] for model, known in found.items()})
+            settings = merged(untuned, chosen(found))
             problem = problem.with_rows(_rows(config, material, settings, say))
         best: list[float] = []
 
@@ -105,7 +108,7 @@ def tune(config: RunConfig, say: Say) -> StepResult:
             problem.objective, problem.data, problem.space, name=name, home=home, metric=problem.metric, given=[problem.default],
             random_trials=asked.random_trials, tpe_trials=asked.tpe_trials, halving=problem.halving,
             max_concurrent=asked.max_concurrent, seed=config.seed, resume=asked.resume, progress=progress,
-            fingerprint=combine([material.snapshot.digest, str(material.cut), json.dumps(problem.plain(), sort_keys=True)]),
+            fingerprint=combine([json.dumps(asks | {"problem": problem.plain(), "before": chosen(found)}, sort_keys=True)]),
             tracking=Tracking.open(home),
         )  # fmt: skip
         first = result.trials["value"][0].as_py()
@@ -133,6 +136,11 @@ def tunings(home: Place, snapshot: Snapshot) -> dict[str, Any]:
     """What tuning found for a snapshot, by model; empty where nothing was tuned."""
     place = home / "tunings" / f"{snapshot.digest}.json"
     return dict(json.loads(place.read())) if place.exists() else {}
+
+
+def chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that tuning chose, by model."""
+    return {name: known["config"] for name, known in found.items()}
 
 
 def _rows(config: RunConfig, material: Material, settings: PipelineSettings, say: Say) -> Rows:

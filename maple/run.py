@@ -15,6 +15,7 @@ from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
 from maple.recommend.settings import PipelineSettings, default_settings
 from maple.serve.settings import StoreSettings
+from maple.train.objectives import gives
 from maple.train.rows import RowSettings
 
 SIMULATED = "simulated"
@@ -127,11 +128,15 @@ def _put(page: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def merged(settings: PipelineSettings, tuned: Mapping[str, Mapping[str, Any]]) -> PipelineSettings:
-    """Pipeline settings with tuned values in the configs they belong to; a dotted name reaches into a section."""
+    """Pipeline settings with tuned values in the configs they belong to; a dotted name reaches into a section.
+
+    What people wrote stays: a tuned value only fills a setting that the page does not give.
+    """
     page = settings.plain()
     targets = {source["name"]: source for source in page["sources"]} | ({"ranker": page["ranker"]} if page["ranker"] else {})
     for name, values in tuned.items():
         if name in targets:
             for key, value in values.items():
-                _put(targets[name]["config"], key.split("."), value)
+                if not gives(targets[name]["config"], key):
+                    _put(targets[name]["config"], key.split("."), value)
     return PipelineSettings.parse(page, "tuned pipeline settings")

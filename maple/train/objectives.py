@@ -5,7 +5,7 @@ A problem is a search space, the data that a trial needs, and a plain function f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,8 @@ class Problem:
 
     def plain(self) -> dict[str, Any]:
         """What identifies the question besides the data."""
-        return {"metric": self.metric, "space": self.space.plain(), "default": self.default}
+        given = {"model": self.data.model, "config": self.data.config}
+        return {"metric": self.metric, "space": self.space.plain(), "default": self.default, **given}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def problem_of(name: str, data: Dataset, cut: Boundaries, settings: PipelineSett
     """The search of one source of a pipeline, or of its ``ranker``; ``ConfigError`` names the nearest one for an unknown name."""
     if name == "ranker" and settings.ranker is not None:
         kind = ranker_class(settings.ranker.model)
-        space = SearchSpace.parse(kind.Config.search_space(), name)  # type: ignore[attr-defined]
+        space = _free(SearchSpace.parse(kind.Config.search_space(), name), settings.ranker.config, name)  # type: ignore[attr-defined]
         empty = Rows({}, np.empty((0, 1), np.float32), np.empty(0, np.int64))
         held = RankerData(settings.ranker.model, settings.ranker.config, empty, empty, epochs, ctx)
         config = kind.Config.parse(settings.ranker.config, name)
@@ -105,11 +106,29 @@ def problem_of(name: str, data: Dataset, cut: Boundaries, settings: PipelineSett
         relevant = relevant.take(np.sort(rng(ctx.seed, "tune/users").choice(len(relevant), MAX_USERS, replace=False)))
     train = data.before(cut.t1)
     queries = QueryBatch.at(train, relevant.users, np.full(len(relevant), cut.t1, np.int64), settings.history_limit)
-    space = SearchSpace.parse(model.Config.search_space(), name)
+    space = _free(SearchSpace.parse(model.Config.search_space(), name), source.config, name)
     config = model.Config.parse(source.config, name)
     given = SourceData(source.model, source.config, train, queries, None if settings.repeats else Mask.seen(queries), relevant, ctx)
     halving = Halving(1, 2, steps=2) if "iterations" in source_fields(model.Config) else None
     return Problem(f"ndcg@{K}", space, space.current(config), given, source_objective, halving)
+
+
+def gives(config: Mapping[str, Any], name: str) -> bool:
+    """Whether settings as people wrote them give a value for a dotted name."""
+    here: Any = config
+    for part in name.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
+def _free(space: SearchSpace, config: Mapping[str, Any], name: str) -> SearchSpace:
+    """The part of a space that the page leaves open; what it gives is not searched. ``ConfigError`` where nothing is left."""
+    names = [dimension.name for dimension in space.dimensions if not gives(config, dimension.name)]
+    if not names:
+        raise ConfigError(f"tune.models: the page gives every setting of {name!r} that could be tuned; leave {name!r} out of the search")
+    return space.only(names)
 
 
 def source_fields(config: type[Section]) -> set[str]:

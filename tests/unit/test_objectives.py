@@ -17,6 +17,7 @@ from maple.data.splits import Boundaries, split_of
 from maple.errors import ConfigError
 from maple.models.base import FitContext
 from maple.models.catalog import MODELS
+from maple.models.factorization import AlsConfig
 from maple.recommend.settings import PipelineSettings
 from maple.train.objectives import Problem, RankerData, RankerProblem, SourceData, grouped_ndcg, problem_of, ranker_objective
 from maple.train.rows import Rows
@@ -113,9 +114,10 @@ def test_a_model_without_a_search_space_has_nothing_to_tune(data: Dataset, cut: 
 
 def test_a_sources_problem_starts_from_the_settings_and_knows_only_what_was_before_t1(data: Dataset, cut: Boundaries) -> None:
     found = problem("collaborative", data, cut)
-    assert found.default["factors"] == 8
+    assert "factors" not in found.default, "what the page gives is not searched"
+    assert found.data.config["factors"] == 8
     assert found.metric == "ndcg@20"
-    assert found.space.holds({**found.default, "factors": 64})
+    assert found.space.holds(found.default)
     assert found.halving is not None
     given = found.data
     assert isinstance(given, SourceData)
@@ -129,6 +131,13 @@ def test_a_sources_problem_starts_from_the_settings_and_knows_only_what_was_befo
     pairs = set(zip(user.tolist(), item.tolist(), strict=True))
     asked = np.repeat(given.relevant.users, np.diff(given.relevant.offsets))
     assert set(zip(asked.tolist(), given.relevant.items.tolist(), strict=True)) <= pairs
+
+
+def test_a_page_that_gives_everything_leaves_nothing_to_tune(data: Dataset, cut: Boundaries) -> None:
+    everything = {name: value for name, value in AlsConfig().plain().items() if name in AlsConfig.search_space()}
+    whole = settings(sources=[{"name": "collaborative", "model": "als", "config": everything}])
+    with pytest.raises(ConfigError, match="gives every setting of 'collaborative'"):
+        problem("collaborative", data, cut, whole)
 
 
 def test_a_good_setting_of_als_beats_a_bad_one(data: Dataset, cut: Boundaries) -> None:

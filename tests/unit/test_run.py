@@ -159,13 +159,13 @@ PIPELINE = PipelineSettings.parse(
 
 
 def test_tuned_values_go_where_they_belong() -> None:
-    tuned = {"collab": {"factors": 64}, "ranker": {"training.learning_rate": 0.01, "rank": 16}, "gone": {"x": 1}}
+    tuned = {"collab": {"factors": 64, "iterations": 9}, "ranker": {"training.learning_rate": 0.01, "rank": 16}, "gone": {"x": 1}}
     after = merged(PIPELINE, tuned)
-    assert after.sources[0].config == {"factors": 64, "alpha": 3.0}
+    assert after.sources[0].config == {"factors": 8, "alpha": 3.0, "iterations": 9}, "what people wrote stays"
     assert after.sources[1] == PIPELINE.sources[1]
     assert after.ranker is not None
     assert after.ranker.config == {"ensemble": 2, "rank": 16, "training": {"learning_rate": 0.01}}
-    assert PIPELINE.sources[0].config["factors"] == 8, "the settings given are not changed"
+    assert "iterations" not in PIPELINE.sources[0].config, "the settings given are not changed"
     assert merged(PIPELINE, {}) == PIPELINE
 
 
