@@ -91,7 +91,9 @@ def parse(words: list[str]) -> dict[str, object]:
         if name not in command.commands:
             raise click.UsageError(f"no command {' '.join([*path, name])}")
         command, words, path = command.commands[name], words[1:], [*path, name]
-    return command.make_context(" ".join(path), list(words)).params
+    # A command keeps the help option of its first context: give it the parent that it has on the command line.
+    with click.Context(cli.cli, **cli.CONTEXT) as parent:
+        return command.make_context(" ".join(path), list(words), parent=parent).params
 
 
 def test_the_commands_of_the_tour_parse() -> None:
