@@ -33,8 +33,8 @@ from maple.data.dataset import Dataset, Vocab, align
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, unknown_name
 from maple.features.catalogue import Catalogue
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader
 from maple.features.ticks import ItemTimeline, partials
 from maple.features.views import catalogue as catalogue_page
 from maple.schema import EVENT_TYPES, TIMESTAMP

@@ -15,8 +15,9 @@ import numpy as np
 from maple.data.dataset import Int32, Int64
 from maple.errors import ArtifactError
 from maple.features.catalogue import Catalogue
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import ItemColumnsReader, LogReader, StateLayout, StateReader, empty_state, hydrate
+from maple.features.states import ItemColumnsReader, StateLayout, StateReader, empty_state, hydrate
 from maple.models.base import Array, Ranker
 from maple.recommend.engine import Candidates, Query, StageError
 

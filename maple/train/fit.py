@@ -14,8 +14,8 @@ from maple.data.dataset import Dataset, Int32
 from maple.data.splits import Boundaries
 from maple.errors import DataError
 from maple.evaluate.harness import Recommend, Relevant
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader
 from maple.features.ticks import ItemReader, ItemTimeline, StoredItems
 from maple.hashing import rng
 from maple.index import tie_ranks

@@ -18,8 +18,9 @@ from shop import ITEMS, T0, Happening, offline, online
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.folder import Folder
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader, StateReader, hydrate
+from maple.features.states import StateReader, hydrate
 from maple.features.store import Event, SqliteStore
 from maple.features.ticks import ItemReader, ItemTimeline, StoredItems, partials
 from maple.features.views import VIEWS

@@ -14,8 +14,8 @@ from maple.errors import ArtifactError
 from maple.features.build import FeatureArtifact, build_local, rows_file
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader
 from maple.features.ticks import ItemTimeline
 from maple.features.view import Entity
 from maple.hashing import rng

@@ -17,8 +17,8 @@ from maple.artifacts import FileEntry, Place, manifest_of, seal, tensor_bytes, w
 from maple.config import Section
 from maple.data.dataset import Dataset, Float32, Int64
 from maple.errors import ArtifactError, ConfigError, ServeError
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader
 from maple.features.ticks import ItemReader, ItemTimeline
 from maple.hashing import sha256
 from maple.models.base import Array, FitContext, Metrics, Retriever, State

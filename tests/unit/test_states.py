@@ -10,8 +10,9 @@ from maple.data.dataset import Vocab
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.folder import Folder
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import KEYED, LogReader, StateReader, UserState
+from maple.features.states import KEYED, StateReader, UserState
 from maple.features.store import Event, fold_new, rows_of
 from maple.features.view import Key
 

@@ -12,8 +12,9 @@ from maple.data.dataset import Vocab
 from maple.errors import ConfigError
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
+from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import LogReader, context_columns
+from maple.features.states import context_columns
 from maple.features.ticks import ItemReader, ItemTimeline
 from maple.features.view import Entity
 from maple.features.views import VIEWS, catalogue
