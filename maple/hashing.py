@@ -34,6 +34,14 @@ def stable_units(salt: str, keys: Iterable[str]) -> npt.NDArray[np.float64]:
     return np.fromiter((stable_unit(salt, key) for key in keys), dtype=np.float64)
 
 
+def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit, uint64[N] -> uint64[N]."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
 def seeds(root: int, name: str) -> np.random.SeedSequence:
     """The seed sequence of one named consumer of a run's root seed, independent of all other names."""
     return np.random.SeedSequence([root & 0xFFFFFFFF, stable_hash("seed", name)])

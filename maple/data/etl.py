@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from maple.data.dataset import Vocab
 from maple.data.sources import Clock, ItemsFromEvents, LastWord
 from maple.data.validate import FILE, ROW
-from maple.hashing import stable_hash
+from maple.hashing import mix64, stable_hash
 from maple.schema import EVENTS, ITEMS, TIMESTAMP, conform
 
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -55,8 +55,8 @@ def content_ids(table: pa.Table) -> pa.Array:
         salt = np.uint64(stable_hash("column", name))
         for lane, value in zip(lanes, _lanes(_one(table[name])), strict=True):
             with np.errstate(over="ignore"):
-                lane += _mix(value ^ salt)  # a sum: the order of the columns does not matter, their names do
-    return _hex(*(_mix(lane + step) for lane, step in zip(lanes, LANES, strict=True)))
+                lane += mix64(value ^ salt)  # a sum: the order of the columns does not matter, their names do
+    return _hex(*(mix64(lane + step) for lane, step in zip(lanes, LANES, strict=True)))
 
 
 def with_event_ids(table: pa.Table) -> pa.Table:
@@ -300,7 +300,7 @@ def _lanes(column: pa.Array) -> tuple[UInt64, UInt64]:
         found = pairs[np.asarray(coded.indices.fill_null(len(digests)))]
         return _nulled(column, found[:, 0]), _nulled(column, found[:, 1])
     with np.errstate(over="ignore"):
-        return _nulled(column, _mix(raw + LANES[0])), _nulled(column, _mix(raw * LANES[1] + LANES[0]))
+        return _nulled(column, mix64(raw + LANES[0])), _nulled(column, mix64(raw * LANES[1] + LANES[0]))
 
 
 def _text(column: pa.Array) -> pa.Array:
@@ -309,14 +309,6 @@ def _text(column: pa.Array) -> pa.Array:
 
 def _nulled(column: pa.Array, values: UInt64) -> UInt64:
     return values if column.null_count == 0 else np.where(np.asarray(column.is_null()), NULL, values)
-
-
-def _mix(value: UInt64) -> UInt64:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def _hex(high: UInt64, low: UInt64) -> pa.Array:
