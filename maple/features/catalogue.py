@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maple.data.dataset import Bool, Dataset, Float32, Int8, Int32, Int64, Vocab
+from maple.errors import DataError
 from maple.features.fold import NEVER, Float64
 from maple.hashing import sha256
 from maple.schema import EVENT_CODES
@@ -28,12 +29,17 @@ class ItemColumns:
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """All items in code order with their vocabularies of categories and brands. I items."""
+    """All items in code order with their vocabularies of categories and brands. I items.
+
+    ``base``: the catalogue that this one was derived from by ``extended`` or ``with_prices``, which change what is read of items but
+    not what events are folded under.
+    """
 
     items: Vocab
     categories: Vocab
     brands: Vocab
     columns: ItemColumns
+    base: Catalogue | None = None
 
     @staticmethod
     def of(data: Dataset) -> Catalogue:
@@ -43,18 +49,42 @@ class Catalogue:
     @staticmethod
     def from_table(items: Vocab, table: pa.Table) -> Catalogue:
         """From an item table with one row per code of ``items``."""
-        count = len(items)
-        categories, category = _codes(table, "category", count)
-        brands, brand = _codes(table, "brand", count)
-        price = _numbers(table, "price", count)
-        log_price = np.log1p(np.where(price >= 0, price, np.nan))
-        created = np.full(count, NEVER, np.int64)
-        if "created_at" in table.column_names:
-            created = np.asarray(table["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).fill_null(NEVER))
-        return Catalogue(items, categories, brands, ItemColumns(category, brand, log_price, _percentiles(category, log_price), created))
+        categories, brands = (Vocab.of(_texts(table, name)) for name in ("category", "brand"))
+        columns = _columns(table, len(items), categories, brands)
+        place = _percentiles(columns.category, columns.log_price)
+        return Catalogue(items, categories, brands, replace(columns, price_percentile=place))
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def extended(self, table: pa.Table) -> Catalogue:
+        """With brand-new items after the known ones, in the order of the table: ``item_id`` and what is known of category, brand, price and
+        ``created_at``. A category or brand that no known item has is unknown. ``DataError`` for an id that is known already."""
+        new = Vocab(table["item_id"].cast(pa.string()).combine_chunks())
+        known = self.items.encode(new.ids)
+        if (known >= 0).any() or len(pc.unique(new.ids)) < len(new):
+            raise DataError("a catalogue is extended by distinct new items; known ones are changed by their live values")
+        own = _columns(table, len(new), self.categories, self.brands)
+        was = self.columns
+        place = _percentiles_among(was.category, was.log_price, own.category, own.log_price)
+        columns = ItemColumns(
+            np.concatenate([was.category, own.category]), np.concatenate([was.brand, own.brand]),
+            np.concatenate([was.log_price, own.log_price]), np.concatenate([was.price_percentile, place]),
+            np.concatenate([was.created, own.created]),
+        )  # fmt: skip
+        return replace(self, items=Vocab(pa.concat_arrays([self.items.ids, new.ids])), columns=columns, base=self.folding)
+
+    def with_prices(self, codes: Int32, prices: Float32) -> Catalogue:
+        """With other prices of some items, as a live price changes what is read of them; places in the category stay. NaN = not known."""
+        log_price = self.columns.log_price.copy()
+        price = np.asarray(prices, np.float64)
+        log_price[codes] = np.log1p(np.where(price >= 0, price, np.nan))
+        return replace(self, columns=replace(self.columns, log_price=log_price), base=self.folding)
+
+    @property
+    def folding(self) -> Catalogue:
+        """What events are folded under: the catalogue before live changes."""
+        return self.base or self
 
     def take(self, codes: Int32) -> ItemColumns:
         """The columns of some item codes; everything about -1 is unknown."""
@@ -72,19 +102,34 @@ class Catalogue:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies everything that a fold of user events takes from the catalogue: ids, categories, brands, prices."""
+        """Identifies what a fold of user events takes from the catalogue: ids, categories, brands, prices; live changes apart."""
+        if self.base is not None:
+            return self.base.digest
         parts = [b"\x00".join(text.encode() for text in vocab.ids.to_pylist()) for vocab in (self.items, self.categories, self.brands)]
         c = self.columns
         return sha256(b"\x01".join([*parts, c.category.tobytes(), c.brand.tobytes(), c.log_price.astype("<f8").tobytes()]))
 
 
-def _codes(table: pa.Table, name: str, count: int) -> tuple[Vocab, Int32]:
+def _columns(table: pa.Table, count: int, categories: Vocab, brands: Vocab) -> ItemColumns:
+    """The columns of a table of items in known codes; places in the category are left unknown."""
+    category, brand = (
+        vocab.encode(_texts(table, name)) if len(vocab) and name in table.column_names else np.full(count, -1, np.int32)
+        for name, vocab in (("category", categories), ("brand", brands))
+    )
+    price = _numbers(table, "price", count)
+    log_price = np.log1p(np.where(price >= 0, price, np.nan))
+    created = np.full(count, NEVER, np.int64)
+    if "created_at" in table.column_names:
+        created = np.asarray(table["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).fill_null(NEVER))
+    return ItemColumns(category, brand, log_price, np.full(count, np.nan), created)
+
+
+def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column as text, null where empty; no rows where the table lacks it."""
     if name not in table.column_names:
-        return Vocab(pa.array([], pa.string())), np.full(count, -1, np.int32)
+        return pa.chunked_array([], pa.string())
     column = table[name].cast(pa.string())
-    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-    vocab = Vocab.of(column)
-    return vocab, vocab.encode(column) if len(vocab) else np.full(count, -1, np.int32)
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
 
 
 def _numbers(table: pa.Table, name: str, count: int) -> Float64:
@@ -110,6 +155,18 @@ def _percentiles(category: Int32, value: Float64) -> Float64:
     tie = np.cumsum(new_value) - 1
     tied = np.diff(np.r_[first, len(order)])
     out[order] = (first[tie] + (tied[tie] - 1) / 2 - start + 0.5) / size
+    return out
+
+
+def _percentiles_among(category: Int32, value: Float64, own_category: Int32, own_value: Float64) -> Float64:
+    """Where each of M further values would stand among the I known ones of its category, 0 to 1; NaN where either is unknown."""
+    out = np.full(len(own_value), np.nan)
+    for code in np.unique(own_category):
+        among = np.sort(value[(category == code) & ~np.isnan(value)])
+        rows = np.flatnonzero((own_category == code) & ~np.isnan(own_value))
+        if len(among):
+            both = np.searchsorted(among, own_value[rows], "left") + np.searchsorted(among, own_value[rows], "right")
+            out[rows] = both / 2 / len(among)
     return out
 
 

@@ -43,7 +43,7 @@ class Folder:
 
     def __init__(self, spec: FeatureSpec, catalogue: Catalogue) -> None:
         self.spec = spec
-        self.catalogue = catalogue
+        self.catalogue = catalogue = catalogue.folding
         self.layout = StateLayout(spec)
         self.digest = spec.state_digest(catalogue)
         # the code -1 finds the None at the end

@@ -9,9 +9,9 @@ Legend: B queries, N candidates (``offsets`` int64[B+1] says whose), K keys, W s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from maple.features.fold import DAY, NEVER, Float64, Slot, initial, layout
 from maple.features.spec import CONTEXT_FEATURES, FeatureSpec
 from maple.features.user_views import MONDAY, WEEK, angle
 from maple.features.view import Entity, Key, ReadContext, View
+
+#: A value of a user's attribute; a list holds tags.
+Attribute: TypeAlias = str | float | bool | Sequence[str] | None
 
 #: The keys below a user that states are kept by, and that candidates are matched to.
 KEYED: tuple[Key, ...] = (Key.USER_ITEM, Key.USER_CATEGORY, Key.USER_BRAND)
@@ -52,6 +55,7 @@ class UserState:
     size: int  # events folded, which may be more than are kept above
     tail: tuple[int, str]  # (time, event id) of the last event folded
     keyed: Mapping[Key, Keyed]  # Key.USER has exactly one row; the rest one per item, category, brand met
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)  # columns of USERS, or what the user was described by since
 
 
 class StateLayout:

@@ -218,7 +218,9 @@ class StoredItems:
 
     def __init__(self, columns: Mapping[str, Float32]) -> None:
         self._padded = {name: np.append(column, np.float32("nan")) for name, column in columns.items()}
+        self._last = max((len(column) for column in columns.values()), default=0)
 
     def item_columns(self, items: Int32, now: Int64) -> dict[str, Float32]:
-        """Features float32[N]; all NaN for -1."""
-        return {name: column[items] for name, column in self._padded.items()}
+        """Features float32[N]; all NaN for -1 and for items that are newer than the columns."""
+        rows = np.minimum(items, self._last)
+        return {name: column[rows] for name, column in self._padded.items()}
