@@ -42,6 +42,7 @@ class Vocab:
     """String ids in code order; the code of an id is its place. Ids are distinct."""
 
     ids: pa.StringArray
+    base: Vocab | None = None  # of ``extended``: the ids without the new ones
 
     @staticmethod
     def of(ids: Iterable[str] | pa.Array | pa.ChunkedArray) -> Vocab:
@@ -55,7 +56,9 @@ class Vocab:
 
     @cached_property
     def _codes(self) -> dict[str, int]:
-        return {text: code for code, text in enumerate(self.ids.to_pylist())}
+        """Of the ids that are not the base's."""
+        start = 0 if self.base is None else len(self.base)
+        return {text: code for code, text in enumerate(self.ids[start:].to_pylist(), start=start)}
 
     def encode(self, ids: Sequence[str] | pa.Array | pa.ChunkedArray) -> Int32:
         """int32 codes of ids, -1 where unknown."""
@@ -63,7 +66,16 @@ class Vocab:
             found = pc.index_in(ids.cast(pa.string()), value_set=self.ids)
             return np.asarray(pc.fill_null(found, -1)).astype(np.int32)
         codes = self._codes
-        return np.fromiter((codes.get(text, -1) for text in ids), dtype=np.int32, count=len(ids))
+        if self.base is None:
+            return np.fromiter((codes.get(text, -1) for text in ids), dtype=np.int32, count=len(ids))
+        out = self.base.encode(ids)
+        for place in np.flatnonzero(out < 0).tolist():
+            out[place] = codes.get(ids[place], -1)
+        return out
+
+    def extended(self, new: pa.StringArray) -> Vocab:
+        """With further ids after these, distinct from them; what finds these is shared, not built again."""
+        return Vocab(pa.concat_arrays([self.ids, new]), self)
 
     def decode(self, codes: npt.NDArray[Any]) -> list[str]:
         """The ids of known codes."""

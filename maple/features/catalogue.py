@@ -72,7 +72,7 @@ class Catalogue:
             np.concatenate([was.log_price, own.log_price]), np.concatenate([was.price_percentile, place]),
             np.concatenate([was.created, own.created]),
         )  # fmt: skip
-        return replace(self, items=Vocab(pa.concat_arrays([self.items.ids, new.ids])), columns=columns, base=self.folding)
+        return replace(self, items=self.items.extended(new.ids), columns=columns, base=self.folding)
 
     def with_prices(self, codes: Int32, prices: Float32) -> Catalogue:
         """With other prices of some items, as a live price changes what is read of them; places in the category stay. NaN = not known."""

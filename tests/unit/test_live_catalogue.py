@@ -83,3 +83,10 @@ def test_stored_item_features_of_newer_items_are_missing() -> None:
     stored = StoredItems({"item.x": np.array([1.0, 2.0], np.float32)})
     got = stored.item_columns(np.array([1, 2, 7, -1], np.int32), np.zeros(4, np.int64))
     np.testing.assert_array_equal(got["item.x"], np.array([2, np.nan, np.nan, np.nan], np.float32))
+
+
+def test_an_extended_vocabulary_finds_old_and_new() -> None:
+    more = CATALOGUE.extended(NEW).extended(pa.table({"item_id": ["zip"]})).items
+    ids = ["gum", "cup", "zip", "nothing", "fork"]
+    assert more.encode(ids).tolist() == more.encode(pa.array(ids)).tolist() == [6, 2, 7, -1, 5]
+    assert more.decode(np.array([7, 0, 5])) == ["zip", "apple", "fork"]
