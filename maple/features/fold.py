@@ -37,24 +37,36 @@ class Op(IntEnum):
     MAX = 3
     MIN = 4
     DISTINCT = 5  # like SUM of 1, but only where x differs from the value in the next slot, which keeps the LAST of the same x
+    TOP = 6  # max(s * 2^(-dt / half_life), x): the largest of sums that decay alike
+    # of times, beside a next slot that keeps the LAST of the same x; a pause longer than ``gap`` begins a session
+    SESSIONS = 7  # s + 1 where x begins a session
+    START = 8  # x where it begins a session
+    INSIDE = 9  # s + the time since the last x, in days, where x does not
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One number of a state: its op and half-life in days (0 = none; only SUM and DISTINCT decay)."""
+    """One number of a state: its op, and in days its half-life (0 = none; only SUM, DISTINCT and TOP decay) or the gap between sessions."""
 
     op: Op
     half_life: float = 0.0
+    gap: float = 0.0
+
+
+#: What is 0, not NaN, before the first event.
+COUNTS: tuple[Op, ...] = (Op.SUM, Op.DISTINCT, Op.TOP, Op.SESSIONS, Op.INSIDE)
+SESSION_OPS: tuple[Op, ...] = (Op.SESSIONS, Op.START, Op.INSIDE)
 
 
 def layout(slots: Sequence[Slot]) -> tuple[Int8, Float64]:
-    """Ops int8[W] and half-lives float64[W] in microseconds, as the loops take them."""
-    return np.array([slot.op for slot in slots], np.int8), np.array([slot.half_life * DAY for slot in slots], np.float64)
+    """Ops int8[W] and half-lives float64[W] in microseconds, as the loops take them; of a session op the gap in place of the half-life."""
+    spans = [slot.gap if slot.op in SESSION_OPS else slot.half_life for slot in slots]
+    return np.array([slot.op for slot in slots], np.int8), np.array(spans, np.float64) * DAY
 
 
 def initial(ops: Int8, rows: int) -> tuple[Float64, Int64]:
     """States of keys that have seen nothing: sums 0, the rest NaN, ``last`` NEVER."""
-    empty = np.where((ops == Op.SUM) | (ops == Op.DISTINCT), 0.0, np.nan)
+    empty = np.where(np.isin(ops, COUNTS), 0.0, np.nan)
     return np.tile(empty, (rows, 1)), np.full(rows, NEVER, np.int64)
 
 
@@ -69,7 +81,7 @@ def step(state, last, x, t, ops, half_lives):  # type: ignore[no-untyped-def]  #
     factor, known = 1.0, 0.0
     for j in range(len(ops)):
         op, h, value = ops[j], half_lives[j], x[j]
-        if op == 0 or op == 5:
+        if op == 0 or op == 5 or op == 6:
             if h > 0.0 and last != NEVER and t > last:
                 if h != known:
                     factor, known = 2.0 ** (-(t - last) / h), h
@@ -77,11 +89,22 @@ def step(state, last, x, t, ops, half_lives):  # type: ignore[no-untyped-def]  #
             if not np.isnan(value):
                 if op == 0:
                     state[j] += value
+                elif op == 6:
+                    state[j] = max(state[j], value)
                 elif value != state[j + 1]:  # NaN differs from everything: the first counts
                     state[j] += 1.0
         elif not np.isnan(value):
             held = state[j]
-            if op == 1 or np.isnan(held) or (op == 3 and value > held) or (op == 4 and value < held):
+            if op >= 7:
+                pause = value - state[j + 1]  # NaN before the first
+                begins = not pause <= h
+                if op == 7 and begins:
+                    state[j] += 1.0
+                elif op == 8 and begins:
+                    state[j] = value
+                elif op == 9 and not begins:
+                    state[j] += pause / DAY
+            elif op == 1 or np.isnan(held) or (op == 3 and value > held) or (op == 4 and value < held):
                 state[j] = value
     return t if last == NEVER or t > last else last
 
@@ -120,15 +143,24 @@ def scan(
 
 
 @numba.njit(cache=True, nogil=True)
-def _fold(rows, time, x, ops, half_lives, state, last):  # type: ignore[no-untyped-def]
+def _fold(rows, time, x, ops, half_lives, state, last, watched, out):  # type: ignore[no-untyped-def]
     for n in range(len(rows)):
         k = rows[n]
         last[k] = step(state[k], last[k], x[n], time[n], ops, half_lives)
+        for j in range(len(watched)):
+            out[n, j] = state[k, watched[j]]
 
 
-def fold(rows: Int64, time: Int64, x: Float64, ops: Int8, half_lives: Float64, state: Float64, last: Int64) -> None:
-    """Fold events, oldest first per row, into rows of ``state`` float64[K, W] and ``last`` int64[K], in place."""
-    _fold(rows, time, x, ops, half_lives, state, last)
+def fold(
+    rows: Int64, time: Int64, x: Float64, ops: Int8, half_lives: Float64, state: Float64, last: Int64, watched: Sequence[int] = ()
+) -> Float64:
+    """Fold events, oldest first per row, into rows of ``state`` float64[K, W] and ``last`` int64[K], in place.
+
+    Returns the ``watched`` slots of an event's row as they were right after it, float64[N, len(watched)].
+    """
+    out = np.empty((len(rows), len(watched)))
+    _fold(rows, time, x, ops, half_lives, state, last, np.array(watched, np.int64), out)
+    return out
 
 
 @numba.njit(cache=True, nogil=True)

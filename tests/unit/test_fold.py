@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ from maple.features.fold import DAY, NEVER, Op, Slot, decay, fold, initial, layo
 
 SLOTS = (
     Slot(Op.SUM), Slot(Op.SUM, 1.0), Slot(Op.SUM, 7.0), Slot(Op.LAST), Slot(Op.FIRST), Slot(Op.MAX), Slot(Op.MIN),
-    Slot(Op.DISTINCT), Slot(Op.LAST), Slot(Op.DISTINCT, 2.0), Slot(Op.LAST),
+    Slot(Op.DISTINCT), Slot(Op.LAST), Slot(Op.DISTINCT, 2.0), Slot(Op.LAST), Slot(Op.TOP, 3.0), Slot(Op.SESSIONS, gap=1 / DAY),
+    Slot(Op.LAST), Slot(Op.START, gap=2 / DAY), Slot(Op.LAST), Slot(Op.INSIDE, gap=1 / DAY), Slot(Op.LAST),
 )  # fmt: skip
 
 
@@ -39,6 +41,14 @@ def reference(events: list[tuple[int, list[float]]]) -> list[float]:
         elif slot.op == Op.DISTINCT:
             fresh = [place == 0 or values[place] != values[place - 1] for place in range(len(values))]
             out.append(sum(w for w, new in zip(weight, fresh, strict=True) if new))
+        elif slot.op == Op.TOP:
+            out.append(max([0.0, *(w * value for w, value in zip(weight, values, strict=True))]))
+        elif slot.op in (Op.SESSIONS, Op.START, Op.INSIDE):
+            pauses = [math.inf, *(b - a for a, b in itertools.pairwise(values))][: len(values)]
+            begins = [pause > slot.gap * DAY + 1e-9 for pause in pauses]
+            started = [value for value, new in zip(values, begins, strict=True) if new]
+            inside = sum(pause for pause, new in zip(pauses, begins, strict=True) if not new) / DAY
+            out.append({Op.SESSIONS: len(started), Op.START: started[-1] if started else math.nan, Op.INSIDE: inside}[slot.op])
         elif not values:
             out.append(math.nan)
         else:
@@ -55,7 +65,8 @@ def streams(draw: st.DrawFn) -> list[tuple[int, list[float]]]:
     out = []
     for time in times:
         x = [draw(number) for _ in SLOTS]
-        x[8], x[10] = x[7], x[9]  # a DISTINCT slot's neighbour keeps the LAST of the same
+        for j in (7, 9, 12, 14, 16):  # the neighbour of a DISTINCT or session slot keeps the LAST of the same
+            x[j + 1] = x[j]
         out.append((time, x))
     return out
 
@@ -74,6 +85,26 @@ def test_nan_leaves_a_slot_but_not_its_decay() -> None:
 def test_distinct_counts_baskets_that_share_a_time_once() -> None:
     state, _ = run((Slot(Op.DISTINCT), Slot(Op.LAST)), [(t, [float(t), float(t)]) for t in (1, 1, 1, 4, 4, 9)])
     assert state == [3.0, 9.0]
+
+
+def test_a_session_ends_with_a_pause_longer_than_the_gap() -> None:
+    minute = DAY // 1440
+    slots = (Slot(Op.SESSIONS, gap=30 / 1440), Slot(Op.LAST), Slot(Op.START, gap=30 / 1440), Slot(Op.LAST))
+    slots += (Slot(Op.INSIDE, gap=30 / 1440), Slot(Op.LAST))
+    times = [0, 10 * minute, 40 * minute, 70 * minute + 1, 70 * minute + 1]
+    state, _ = run(slots, [(t, [float(t)] * 6) for t in times])
+    assert state[0] == 2
+    assert state[2] == 70 * minute + 1
+    assert state[4] == pytest.approx(40 / 1440)
+
+
+def test_the_top_of_decaying_sums_is_kept() -> None:
+    # category a is met at days 0, 1 and 2, b at day 3: each event brings its category's sum after it
+    sums = [1.0, 1.5, 1.75, 1.0]
+    state, _ = run((Slot(Op.TOP, 1.0),), [(day * DAY, [value]) for day, value in enumerate(sums)])
+    assert state == [pytest.approx(1.0)]
+    state, _ = run((Slot(Op.TOP, 2.0),), [(day * DAY, [value]) for day, value in enumerate(sums)])
+    assert state == [pytest.approx(1.75 * 2**-0.5)]
 
 
 def test_decay_never_grows() -> None:
