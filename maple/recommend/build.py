@@ -6,7 +6,7 @@ The evaluation, the rows that the ranker learns from, batch jobs and serving all
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,8 @@ from maple.models.families import Embedder
 from maple.models.popularity import Popularity, PopularityConfig, item_popularity
 from maple.recommend.engine import Observer, Pipeline, Stage
 from maple.recommend.explain import Explain
-from maple.recommend.filters import ItemColumns, Overlay, Popular, Restrictions, filters
+from maple.recommend.filters import ItemColumns, Popular, Restrictions, available, filters
+from maple.recommend.newcomers import NEW, Introduce, Known, NewItems
 from maple.recommend.rankers import FeatureHydrator, Hydrate, Score, check_columns
 from maple.recommend.rerank import Rerank, unit
 from maple.recommend.settings import PipelineSettings
@@ -41,6 +42,17 @@ class Parts:
     popular: Int32
     ranker: Ranker | None = None
     ranker_columns: tuple[str, ...] = ()
+    newcomers: NewItems | None = None  # of a live catalogue: items that the models do not know
+
+    def retrievers(self) -> tuple[RetrieverSource, ...]:
+        """Who proposes, in the order of the settings; behind them, in a live catalogue, the source of new items."""
+        own = tuple(RetrieverSource(source.name, self.sources[source.name], source.quota) for source in self.settings.sources)
+        new = self.newcomers
+        if new is None:
+            return own
+        if len(new.newest):
+            own = tuple(replace(source, model=Known(source.model, new.start)) for source in own)
+        return (*own, RetrieverSource(NEW, new, self.settings.new_items.quota))
 
     @cached_property
     def ties(self) -> Int32:
@@ -53,14 +65,18 @@ class Parts:
 
     @cached_property
     def vectors(self) -> Float32 | None:
-        """Unit item vectors of the first source that has some, float32[I, D]: what diversity measures with."""
+        """Unit item vectors of the first source that has some, and a zero for items without: float32[I + 1, D]; diversity's measure."""
         model = next((model for model in self.sources.values() if isinstance(model, Embedder)), None)
-        return None if model is None else unit(model.embed_items())
+        if model is None:
+            return None
+        items = model.embed_items()
+        return np.concatenate([unit(items), np.zeros((1, items.shape[1]), np.float32)])
 
-    def restrictions(self, overlay: Overlay | None = None) -> Restrictions:
-        """What may not be recommended; availability from the catalogue, or from a live overlay."""
-        live = Overlay.of(self.space.item_table) if overlay is None else overlay
-        return Restrictions(self.item_columns, live, self.settings.repeats, event_codes(self.settings.bought))
+    @cached_property
+    def restrictions(self) -> Restrictions:
+        """What may not be recommended."""
+        columns = self.item_columns
+        return Restrictions(columns, available(columns), self.settings.repeats, event_codes(self.settings.bought))
 
 
 def popular_items(data: Dataset, days: float, ties: Int32) -> Int32:
@@ -69,22 +85,19 @@ def popular_items(data: Dataset, days: float, ties: Int32) -> Int32:
     return np.lexsort((ties, -counts)).astype(np.int32)
 
 
-def pipeline_of(
-    parts: Parts, *, features: FeatureHydrator | None = None, overlay: Overlay | None = None, observer: Observer | None = None
-) -> Pipeline:
+def pipeline_of(parts: Parts, *, features: FeatureHydrator | None = None, observer: Observer | None = None) -> Pipeline:
     """The pipeline of some parts. Without ``parts.ranker`` the rank segment only hydrates, which is what ranker rows are made from.
 
     ``ConfigError`` where settings and models do not fit; ``ArtifactError`` where the ranker needs columns that are not given.
     """
     settings = parts.settings
-    names = [source.name for source in settings.sources]
-    if sorted(names) != sorted(parts.sources):
-        raise ConfigError(f"the settings have the sources {', '.join(names)}, but the fitted models are {', '.join(parts.sources)}")
+    given = [source.name for source in settings.sources]
+    if sorted(given) != sorted(parts.sources):
+        raise ConfigError(f"the settings have the sources {', '.join(given)}, but the fitted models are {', '.join(parts.sources)}")
     for name, model in parts.sources.items():
         if Need.OTHER_USERS in model.needs:
             raise ConfigError(f"source {name!r}: its model needs other users' histories and can only run offline; remove it from `sources`")
-    limits = parts.restrictions(overlay)
-    sources = tuple(RetrieverSource(source.name, parts.sources[source.name], source.quota) for source in settings.sources)
+    limits, sources, new = parts.restrictions, parts.retrievers(), parts.newcomers
     retrieve = Sources(sources, limits, settings.max_candidates, settings.score_union)
     rank: list[Stage] = [Hydrate(features)] if features is not None else []
     if parts.ranker is not None:
@@ -94,16 +107,19 @@ def pipeline_of(
     fallback = len(sources)
     fill = Popular(parts.popular, limits, fallback)
     rerank = Rerank.of(settings.rerank, settings.window, parts.item_columns, parts.vectors, parts.ties)
-    popularity = {place for place, source in enumerate(sources) if isinstance(source.model, Popularity)}
+    popularity = {place for place, name in enumerate(given) if isinstance(parts.sources[name], Popularity)}
     explain = Explain(
-        {place: source.model for place, source in enumerate(sources) if place not in popularity}, frozenset(popularity | {fallback})
+        {place: source.model for place, source in enumerate(sources) if place not in popularity},
+        frozenset(popularity | {fallback}),
+        new=None if new is None else len(given),
     )
+    introduce = () if new is None else (Introduce(new.start, settings.new_items.first, settings.new_items.every),)
     return Pipeline(
-        (retrieve,), tuple(rank), (*filters(limits), fill, rerank),
+        (retrieve,), tuple(rank), (*filters(limits), fill, *introduce, rerank),
         explain=explain,
         fallback=Popular(parts.popular, limits, fallback, least=settings.window, name="fallback"),
         ties=parts.ties,
-        source_names=(*names, FALLBACK),
+        source_names=(*(source.name for source in sources), FALLBACK),
         reserve=settings.reserve_ms / 1000,
         observer=observer,
     )  # fmt: skip

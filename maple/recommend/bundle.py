@@ -42,7 +42,7 @@ from maple.errors import ArtifactError, ConfigError, MapleError, ServeError
 from maple.features.catalogue import Catalogue
 from maple.features.folder import Folder, Rows
 from maple.features.spec import FeatureSpec
-from maple.features.states import UserState
+from maple.features.states import ItemColumnsReader, UserState
 from maple.features.ticks import StoredItems
 from maple.hashing import sha256
 from maple.index import tie_ranks
@@ -51,7 +51,6 @@ from maple.models.catalog import model_class, ranker_class
 from maple.recommend.build import Parts, pipeline_of, popular_items
 from maple.recommend.engine import Observer, Pipeline, Query, Slates
 from maple.recommend.explain import Reason, reason
-from maple.recommend.filters import Overlay
 from maple.recommend.rankers import FeatureHydrator, StateFeatures
 from maple.recommend.settings import PipelineSettings
 from maple.schema import event_codes
@@ -219,7 +218,12 @@ class Bundle:
         """The feature side of serving: user states in the queries, item features of this bundle."""
         if self.features is None:
             return None
-        return StateFeatures(self.features.spec, self.catalogue, StoredItems(self.features.columns))
+        return StateFeatures(self.features.spec, self.catalogue, self.item_reader)
+
+    @cached_property
+    def item_reader(self) -> ItemColumnsReader:
+        """The item features of this bundle by item code."""
+        return StoredItems({} if self.features is None else self.features.columns)
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -231,9 +235,9 @@ class Bundle:
         """What folds events into the user states that this bundle's features read."""
         return None if self.features is None else Folder(self.features.spec, self.catalogue)
 
-    def pipeline(self, *, overlay: Overlay | None = None, observer: Observer | None = None) -> Pipeline:
+    def pipeline(self, *, observer: Observer | None = None) -> Pipeline:
         """The pipeline that serves this bundle."""
-        return pipeline_of(self.parts, features=self.hydrator, overlay=overlay, observer=observer)
+        return pipeline_of(self.parts, features=self.hydrator, observer=observer)
 
     def query(
         self,
@@ -281,12 +285,12 @@ class Bundle:
             answer = []
             for at in range(start, stop):
                 item_id, title = names[int(slates.items[at])]
-                why = reason(slates, at, names, self._days)
+                why = reason(slates, at, names, self._days, self.new_categories)
                 answer.append(Recommendation(item_id, title, float(slates.scores[at]), why.source, why))
             answers.append(answer)
         return answers
 
-    def similar(self, item_id: str, k: int, *, overlay: Overlay | None = None) -> list[tuple[str, float]]:
+    def similar(self, item_id: str, k: int) -> list[tuple[str, float]]:
         """The k available items most like one: (item id, score), by the first source that knows any.
 
         ``UnknownItem`` if the item is not in the catalogue.
@@ -294,9 +298,9 @@ class Bundle:
         code = self.space.items.encode([item_id])
         if code[0] < 0:
             raise UnknownItem("this bundle does not know the item; it may be newer than the bundle, or the id is misspelt")
-        allowed = self.parts.restrictions(overlay).allowed({})
-        for model in self.parts.sources.values():
-            items, scores = model.similar(code, min(4 * k + 20, len(allowed)))
+        allowed = self.parts.restrictions.available
+        for source in self.parts.retrievers():
+            items, scores = source.model.similar(code, min(4 * k + 20, len(allowed)))
             keep = (items[0] >= 0) & allowed[items[0]]
             if keep.any():
                 found = items[0][keep][:k]
@@ -312,6 +316,11 @@ class Bundle:
     def title(self, code: int) -> str | None:
         """The title of an item code, None where the catalogue has none."""
         return self.titles(np.array([code]))[0]
+
+    @property
+    def new_categories(self) -> Mapping[int, str]:
+        """The category of each item that is newer than this bundle, by item code; a live catalogue has some."""
+        return {}
 
     @cached_property
     def _titles(self) -> pa.StringArray | None:

@@ -14,8 +14,8 @@ from enum import IntEnum
 import numpy as np
 
 from maple.data.dataset import Bool, Int8, Int32, Int64
-from maple.models.base import Retriever
 from maple.recommend.engine import Candidates, Query, Slates, batch
+from maple.recommend.sources import Proposer
 from maple.schema import EVENT_CODES, EVENT_TYPES
 
 
@@ -27,11 +27,12 @@ class Kind(IntEnum):
     AGAIN = 1  # this user knows it already
     BECAUSE = 2  # of one item in the history
     TASTE = 3  # the history as a whole
+    NEW = 4  # nobody could know it yet
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why one item was recommended. ``kind`` is popular, again, because or taste; ``item_id`` the history item it is because of."""
+    """Why one item was recommended. ``kind`` is popular, again, because, taste or new; ``item_id`` the history item it is because of."""
 
     kind: str
     source: str | None
@@ -52,10 +53,12 @@ VERBS: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Explain:
-    """The stage that finds reasons. ``models`` and ``popular`` are by source code: who explains, and whose reason is popularity."""
+    """The stage that finds reasons. ``models``, ``popular`` and ``new`` are by source code: who explains, whose reason is popularity, and
+    whose that the item is new."""
 
-    models: Mapping[int, Retriever]
+    models: Mapping[int, Proposer]
     popular: frozenset[int]
+    new: int | None = None
     name: str = "explain"
     adds: bool = False
     essential: bool = False
@@ -75,6 +78,8 @@ class Explain:
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             because[at] = model.explain(everyone.take(asked), candidates.items[at], offsets)
             kind[at] = np.where(because[at] >= 0, np.int8(Kind.BECAUSE), np.int8(Kind.TASTE))
+        if self.new is not None:
+            kind[source == self.new] = Kind.NEW
         again = self._known(queries, rows, candidates.items)
         kind[again] = Kind.AGAIN
         because[again] = candidates.items[again]
@@ -107,8 +112,11 @@ class Explain:
         return event, count
 
 
-def reason(slates: Slates, at: int, names: Mapping[int, tuple[str, str | None]], days: float) -> Reason:
-    """The reason of the item at a flat position. ``names``: (id, title) by item code; ``days``: the popularity window."""
+def reason(
+    slates: Slates, at: int, names: Mapping[int, tuple[str, str | None]], days: float, categories: Mapping[int, str] | None = None
+) -> Reason:
+    """The reason of the item at a flat position. ``names``: (id, title) by item code; ``days``: the popularity window;
+    ``categories``: those of new items, by item code."""
     code = int(slates.sources[at])
     source = slates.source_names[code] if 0 <= code < len(slates.source_names) else None
     if "reason.kind" not in slates.columns:
@@ -116,6 +124,9 @@ def reason(slates: Slates, at: int, names: Mapping[int, tuple[str, str | None]],
     kind, item, event, count = (int(slates.columns[f"reason.{part}"][at]) for part in ("kind", "item", "event", "count"))
     if kind == Kind.POPULAR:
         return Reason("popular", source, None, f"popular in the last {days:g} days")
+    if kind == Kind.NEW:
+        category = (categories or {}).get(int(slates.items[at]))
+        return Reason("new", source, None, f"new in {category}" if category else "new")
     verb = VERBS.get(EVENT_TYPES[event] if event >= 0 else "", "know {}")
     if kind == Kind.AGAIN:
         often = "you buy this often" if count > 1 else "you have bought this before"

@@ -1,7 +1,7 @@
 """What may not be recommended: unavailable items, what the request excludes or does not accept, and (by setting) what was bought.
 
 ``Restrictions`` is the one place that says so: sources get it as a mask before they search, the filter stages apply it
-again to what comes back, because availability changes while a request is under way, and ``Popular`` fills up under it.
+again to what comes back, because a source elsewhere may know an older or newer availability, and ``Popular`` fills up under it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,28 @@ class ItemColumns:
         self._codes: dict[str, tuple[Int32, dict[Any, int]]] = {}
         self._floats: dict[str, Float32] = {}
 
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
     @property
     def names(self) -> list[str]:
         return [name for name in self.table.column_names if name != "item_id"]
 
+    def kind(self, name: str) -> pa.DataType:
+        """The type of a column."""
+        return self.table.schema.field(name).type
+
     def numeric(self, name: str) -> bool:
         """Whether a range over the column means something; a point in time counts as a number."""
-        kind = self.table.schema.field(name).type
+        kind = self.kind(name)
         return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or self._moments(name))
 
     def _moments(self, name: str) -> bool:
-        kind = self.table.schema.field(name).type
+        kind = self.kind(name)
         return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
     def _microseconds(self, name: str) -> pa.ChunkedArray:
-        kind = self.table.schema.field(name).type
+        kind = self.kind(name)
         return self.table[name].cast(pa.timestamp("us", tz=getattr(kind, "tz", None)), safe=False).cast(pa.int64())
 
     def codes(self, name: str) -> tuple[Int32, Mapping[Any, int]]:
@@ -88,14 +95,15 @@ class ItemColumns:
 
         Raises ``FilterError`` for a filter that these items cannot answer.
         """
-        out = np.ones(self.table.num_rows, dtype=bool)
+        out = np.ones(len(self), dtype=bool)
         for name, wanted in filters.items():
             self._check(name, wanted)
             try:
                 out &= self._within(name, wanted) if isinstance(wanted, Mapping) else self.matches(name, wanted)
             except (pa.ArrowException, TypeError, ValueError) as error:  # a column of lists, for one
-                kind = self.table.schema.field(name).type
-                raise FilterError(f"filters.{name}: a column of type {kind} cannot be filtered ({type(error).__name__})") from None
+                raise FilterError(
+                    f"filters.{name}: a column of type {self.kind(name)} cannot be filtered ({type(error).__name__})"
+                ) from None
         return out
 
     def _within(self, name: str, bounds: Mapping[str, float]) -> Bool:
@@ -124,45 +132,85 @@ class ItemColumns:
             raise FilterError(f"filters.{name}: give at most {MAX_FILTER_VALUES} texts, numbers or booleans")
 
 
-class Overlay:
-    """What is available now, bool[I]. Replaced as a whole by one assignment, so readers never see half of a change."""
+class PatchedColumns(ItemColumns):
+    """Item columns with some values replaced and items added behind the last: the columns of a live catalogue.
 
-    def __init__(self, allowed: Bool) -> None:
-        self._allowed = allowed
+    ``base`` is neither copied nor changed; a column is put together when it is first used. ``patches``: column -> (item codes
+    int32[M], their values as a column of M rows); a column that the base lacks is unknown for all other items.
+    """
 
-    @staticmethod
-    def of(table: pa.Table) -> Overlay:
-        """From the catalogue: ``available`` is not false and ``stock`` is not zero or less (missing means it may be sold)."""
-        allowed = np.ones(table.num_rows, dtype=bool)
-        if "available" in table.column_names:
-            allowed &= np.asarray(table["available"].cast(pa.bool_()).fill_null(True))
-        if "stock" in table.column_names:
-            allowed &= np.asarray(pc.fill_null(pc.greater(table["stock"], 0), True))
-        return Overlay(allowed)
+    def __init__(self, base: ItemColumns, size: int, patches: Mapping[str, tuple[Int32, pa.Array]]) -> None:
+        super().__init__(base.table)
+        self._base, self._size = base, size
+        self._patches = {name: (rows, ItemColumns(pa.table({name: values}))) for name, (rows, values) in patches.items()}
+
+    def __len__(self) -> int:
+        return self._size
 
     @property
-    def allowed(self) -> Bool:
-        return self._allowed
+    def names(self) -> list[str]:
+        return [*self._base.names, *(name for name in self._patches if name not in self._base.names)]
 
-    def replace(self, allowed: Bool) -> None:
-        """From now on ``allowed`` bool[I] holds; the caller gives the array away."""
-        assert allowed.shape == self._allowed.shape, "an overlay has one flag per item"
-        self._allowed = allowed
+    def kind(self, name: str) -> pa.DataType:
+        return self._base.kind(name) if name in self._base.names else self._patches[name][1].kind(name)
+
+    def codes(self, name: str) -> tuple[Int32, Mapping[Any, int]]:
+        if name not in self._codes:
+            codes, values = self._base.codes(name) if name in self._base.names else (np.empty(0, np.int32), {})
+            out, known = self._spread(codes, -1), dict(values)
+            if name in self._patches:
+                rows, patch = self._patches[name]
+                own, own_values = patch.codes(name)
+                here = np.array([*(known.setdefault(value, len(known)) for value in own_values), -1], np.int32)
+                out[rows] = here[own]
+            self._codes[name] = out, known
+        return self._codes[name]
+
+    def floats(self, name: str) -> Float32:
+        if name not in self._floats:
+            out = self._spread(self._base.floats(name) if name in self._base.names else np.empty(0, np.float32), np.nan)
+            if name in self._patches:
+                rows, patch = self._patches[name]
+                out[rows] = patch.floats(name)
+            self._floats[name] = out
+        return self._floats[name]
+
+    def times(self, name: str) -> Int64:
+        out = self._spread(self._base.times(name) if name in self._base.names else np.empty(0, np.int64), np.iinfo(np.int64).min)
+        if name in self._patches:
+            rows, patch = self._patches[name]
+            out[rows] = patch.times(name)
+        return out
+
+    def _spread(self, base: Array, blank: float) -> Array:
+        """The base's values, and ``blank`` for every item that it does not have."""
+        out = np.full(self._size, blank, base.dtype)
+        out[: len(base)] = base
+        return out
+
+
+def available(columns: ItemColumns) -> Bool:
+    """Which items may be sold, bool[I]: ``available`` is not false and ``stock`` is not zero or less; missing means they may."""
+    out = np.ones(len(columns), dtype=bool)
+    if "available" in columns.names:
+        out &= columns.floats("available") != 0
+    if "stock" in columns.names:
+        out &= ~(columns.floats("stock") <= 0)
+    return out
 
 
 @dataclass(frozen=True, eq=False)
 class Restrictions:
-    """Which items a query may get. ``bought``: event codes that count as bought where ``repeats`` is false."""
+    """Which items a query may get: ``available`` bool[I]; ``bought``: event codes that count as bought where ``repeats`` is false."""
 
     columns: ItemColumns
-    overlay: Overlay
+    available: Bool
     repeats: bool
     bought: Int8
 
     def allowed(self, filters: Mapping[str, Any]) -> Bool:
         """Items that may be shown under a request's filters, bool[I]."""
-        allowed = self.overlay.allowed
-        return allowed & self.columns.mask(filters) if filters else allowed
+        return self.available & self.columns.mask(filters) if filters else self.available
 
     def owned(self, query: Query) -> Int32:
         """Items that the query's user has bought and must not get again; empty where repeats are allowed."""
@@ -196,8 +244,8 @@ class Filter:
 def filters(limits: Restrictions) -> tuple[Filter, ...]:
     """The filter stages: availability, request excludes, already bought, request filters."""
 
-    def available(query: Query, items: Int32) -> Bool:
-        return limits.overlay.allowed[items]
+    def in_stock(query: Query, items: Int32) -> Bool:
+        return np.asarray(limits.available[items])
 
     def not_excluded(query: Query, items: Int32) -> Bool | None:
         return ~np.isin(items, query.exclude) if len(query.exclude) else None
@@ -210,7 +258,7 @@ def filters(limits: Restrictions) -> tuple[Filter, ...]:
         return limits.columns.mask(query.filters)[items] if query.filters else None
 
     return (
-        Filter("available", "not available", available),
+        Filter("available", "not available", in_stock),
         Filter("excluded", "excluded by the request", not_excluded),
         Filter("bought", "already bought", not_owned),
         Filter("filters", "does not match the request's filters", accepted),

@@ -34,7 +34,7 @@ class Rerank:
     freshness: tuple[float, float] = (0.0, 1.0)  # weight, half-life in days
     caps: tuple[tuple[str, Int32, int], ...] = ()  # column, value code of each item (-1 = no value, never capped), limit
     relevance: float = 1.0  # of maximal marginal relevance; 1 = off
-    vectors: Float32 | None = None  # unit length or zero, for similarity; else ``groups``
+    vectors: Float32 | None = None  # unit length or zero, for similarity; else ``groups``. The last row is that of all codes beyond
     groups: Int32 | None = None  # similarity 1 inside a group, 0 across; -1 = like nothing
     ties: Ties | None = None
     name: str = "rerank"
@@ -43,14 +43,17 @@ class Rerank:
 
     @staticmethod
     def of(settings: RerankSettings, window: int, columns: ItemColumns, vectors: Float32 | None, ties: Ties | None) -> Rerank:
-        """From settings and the item table; ``ConfigError`` names a column that the items do not have."""
+        """From settings and the item table; ``ConfigError`` names a column that the items do not have.
+
+        ``vectors`` float32[I + 1, D]: unit length or zero, the last one zero, for items without.
+        """
 
         def known(name: str, where: str) -> str:
             if name not in columns.names:
                 raise ConfigError(f"rerank.{where}: {unknown_name('item column', name, columns.names)}")
             return name
 
-        size = columns.table.num_rows
+        size = len(columns)
         removed, pinned, bonus = np.zeros(size, bool), np.zeros(size, bool), np.zeros(size, np.float32)
         for rule in settings.rules:
             hit = np.ones(size, dtype=bool)
@@ -72,7 +75,7 @@ class Rerank:
             (fresh.weight, fresh.half_life_days) if fresh else (0.0, 1.0),
             tuple((cap.column, columns.codes(known(cap.column, "caps"))[0], cap.limit) for cap in settings.caps),
             mmr.relevance if mmr else 1.0,
-            unit(vectors) if by_vectors and vectors is not None else None,
+            vectors if by_vectors else None,
             columns.codes(known("category", "mmr.by"))[0] if mmr and not by_vectors else None,
             ties,
         )
@@ -160,7 +163,8 @@ class Rerank:
     def _similar(self, items: Int32, item: int) -> Float32:
         """Similarity of items to one item, 0 (or less) to 1."""
         if self.vectors is not None:
-            return np.asarray(self.vectors[items] @ self.vectors[item], dtype=np.float32)
+            last = len(self.vectors) - 1
+            return np.asarray(self.vectors[np.minimum(items, last)] @ self.vectors[min(item, last)], dtype=np.float32)
         assert self.groups is not None
         same: Float32 = ((self.groups[items] == self.groups[item]) & (self.groups[item] >= 0)).astype(np.float32)
         return same

@@ -105,6 +105,14 @@ class RerankSettings(Section):
     rules: list[RuleSettings] = Field(default_factory=list)
 
 
+class NewItemsSettings(Section):
+    """Where items that are newer than the bundle (put live, never trained on) may stand in a list."""
+
+    quota: Annotated[int, Field(ge=0, le=1000)] = 20  # how many of them are candidates of a request; 0 = none are recommended
+    first: Annotated[int, Field(ge=1, le=1000)] = 5  # the place of the best one, from 1
+    every: Annotated[int, Field(ge=1, le=1000)] = 10  # places between them
+
+
 class PipelineSettings(Section):
     """Everything about one pipeline that is not learned."""
 
@@ -117,6 +125,7 @@ class PipelineSettings(Section):
     ranker: RankerSettings | None = None
     cold: Literal["popular", "rank"] = "popular"  # order for users without known history: as retrieved, or ranked
     rerank: RerankSettings = Field(default_factory=RerankSettings)
+    new_items: NewItemsSettings = Field(default_factory=NewItemsSettings)
     window: Annotated[int, Field(ge=1, le=1000)] = 100  # how many ranked items reranking looks at
     fallback_days: Annotated[float, Field(gt=0)] = 30.0  # popularity window of the list that answers when retrieval fails
     deadline_ms: Annotated[float, Field(gt=0)] = 150.0

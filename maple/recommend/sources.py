@@ -11,11 +11,12 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from maple.data.dataset import Float32, Int64
-from maple.models.base import Array, Mask, QueryBatch, Retriever
+from maple.data.dataset import Float32, Int32, Int64
+from maple.models.base import Array, Mask, QueryBatch
 from maple.recommend.engine import Candidates, Query, StageError, batch, ranked
 from maple.recommend.filters import Restrictions
 
@@ -24,12 +25,21 @@ log = logging.getLogger("maple.recommend")
 FUSION = 60.0  # the constant of reciprocal rank fusion
 
 
+class Proposer(Protocol):
+    """What a source asks of a retriever; see ``models.base.Retriever`` for what each answers."""
+
+    def topk(self, queries: QueryBatch, k: int, mask: Mask | None = None) -> tuple[Int32, Float32]: ...
+    def score(self, queries: QueryBatch, items: Int32, offsets: Int64) -> Float32: ...
+    def similar(self, items: Int32, k: int) -> tuple[Int32, Float32]: ...
+    def explain(self, queries: QueryBatch, items: Int32, offsets: Int64) -> Int32: ...
+
+
 @dataclass(frozen=True, eq=False)
 class RetrieverSource:
     """A fitted retriever that may propose up to ``quota`` items per query."""
 
     name: str
-    model: Retriever
+    model: Proposer
     quota: int
 
 

@@ -288,7 +288,7 @@ def test_answers_in_words(made: Bundle, data: Dataset) -> None:
 def test_cold_users_get_popularity_in_its_own_order(made: Bundle, data: Dataset) -> None:
     uncapped = replace(made.parts, settings=made.settings.with_(rerank={}))
     slates = pipeline_of(uncapped, features=made.hydrator).run([made.query("new", now=data.span[1] + 1)])
-    allowed = uncapped.restrictions().overlay.allowed
+    allowed = uncapped.restrictions.available
     assert slates.items.tolist() == [code for code in made.parts.popular.tolist() if allowed[code]][:10]
 
 

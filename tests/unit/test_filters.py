@@ -11,7 +11,7 @@ import pytest
 
 from maple.errors import ServeError
 from maple.recommend.engine import Candidates, Pipeline, Query, check
-from maple.recommend.filters import FilterError, ItemColumns, Overlay, Popular, Restrictions, filters
+from maple.recommend.filters import FilterError, ItemColumns, PatchedColumns, Popular, Restrictions, available, filters
 from maple.schema import EVENT_CODES, ITEMS
 
 TABLE = pa.table(
@@ -28,7 +28,7 @@ PURCHASE, VIEW = EVENT_CODES["purchase"], EVENT_CODES["view"]
 def limits(*, gone: Sequence[int] = (), repeats: bool = True) -> Restrictions:
     allowed = np.ones(6, bool)
     allowed[list(gone)] = False
-    return Restrictions(ItemColumns(TABLE), Overlay(allowed), repeats, np.array([PURCHASE], np.int8))
+    return Restrictions(ItemColumns(TABLE), allowed, repeats, np.array([PURCHASE], np.int8))
 
 
 def query(history: Sequence[tuple[int, int]] = (), k: int = 3, **more: Any) -> Query:
@@ -137,14 +137,42 @@ def test_a_misspelt_column_is_named() -> None:
         ItemColumns(TABLE).mask({"categry": ["tea"]})
 
 
-def test_availability_comes_from_the_catalogue_and_changes_at_once() -> None:
+def test_availability_comes_from_the_catalogue() -> None:
     rows = {"item_id": ["a", "b", "c", "d"], "available": [True, False, None, None], "stock": [1.0, 5.0, 0.0, None]}
-    overlay = Overlay.of(pa.table({name: pa.array(values, ITEMS.field(name).type) for name, values in rows.items()}))
-    assert overlay.allowed.tolist() == [True, False, False, True]
-    live = limits()
-    assert len(run(live, query())) == 6
-    live.overlay.replace(np.array([False, True, True, True, True, True]))
-    assert run(live, query()).items.tolist() == [1, 2, 3, 4, 5]
+    table = pa.table({name: pa.array(values, ITEMS.field(name).type) for name, values in rows.items()})
+    assert available(ItemColumns(table)).tolist() == [True, False, False, True]
+    assert available(ItemColumns(TABLE)).all()
+
+
+# -- a live catalogue --------------------------------------------------------------------------------------------------
+
+
+def patched(**columns: dict[int, Any]) -> PatchedColumns:
+    """The table with two more items and these values."""
+    kinds = {field.name: field.type for field in (*ITEMS, *TABLE.schema)}
+    arrays = {name: (np.array([*values], np.int32), pa.array([*values.values()], kinds[name])) for name, values in columns.items()}
+    return PatchedColumns(ItemColumns(TABLE), 8, arrays)
+
+
+def test_patches_replace_remove_and_add_values() -> None:
+    live = patched(category={0: "cup", 6: "tea", 7: "new"}, price={1: 20.0, 3: None, 7: 3.0}, stock={2: 0.0, 6: 4.0})
+    assert len(live) == 8
+    assert np.flatnonzero(live.mask({"category": ["cup"]})).tolist() == [0, 2, 4]
+    assert np.flatnonzero(live.mask({"category": ["new", "tea"]})).tolist() == [1, 5, 6, 7]
+    assert np.flatnonzero(live.mask({"price": {"min": 3}})).tolist() == [1, 4, 5, 7]
+    assert np.flatnonzero(live.mask({"price": [20.0, 3.0]})).tolist() == [1, 7]
+    assert np.flatnonzero(live.mask({"promotion": [False]})).tolist() == [1, 4, 5], "untouched columns are unknown of new items"
+    assert live.names == ["category", "price", "promotion", "stock"]
+    assert available(live).tolist() == [True, True, False, True, True, True, True, True]
+    assert np.flatnonzero(ItemColumns(TABLE).mask({"category": ["cup"]})).tolist() == [2, 4], "the base has not changed"
+
+
+def test_patched_times_are_microseconds() -> None:
+    values = pa.array([5_000, None], MOMENTS.schema.field("updated").type)
+    live = PatchedColumns(ItemColumns(MOMENTS), 5, {"updated": (np.array([1, 4], np.int32), values)})
+    least = np.iinfo(np.int64).min
+    assert live.times("updated").tolist() == [1_700_000_000_000_000, 5, least, -5, least]
+    assert np.flatnonzero(live.mask({"updated": {"min": 0, "max": 10}})).tolist() == [1]
 
 
 # -- filling up --------------------------------------------------------------------------------------------------------

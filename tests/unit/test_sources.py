@@ -12,7 +12,7 @@ import pytest
 from maple.data.dataset import Float32, Int32, Int64
 from maple.models.base import Mask, QueryBatch
 from maple.recommend.engine import Candidates, Query, StageError, check
-from maple.recommend.filters import ItemColumns, Overlay, Restrictions
+from maple.recommend.filters import ItemColumns, Restrictions
 from maple.recommend.sources import RetrieverSource, Sources
 from maple.schema import EVENT_CODES
 
@@ -64,7 +64,7 @@ def limits(*, allowed: Sequence[int] = range(NUM_ITEMS), repeats: bool = True) -
     mask = np.zeros(NUM_ITEMS, bool)
     mask[list(allowed)] = True
     table = pa.table({"item_id": [f"i{code}" for code in range(NUM_ITEMS)], "category": CATEGORIES})
-    return Restrictions(ItemColumns(table), Overlay(mask), repeats, np.array([EVENT_CODES["purchase"]], np.int8))
+    return Restrictions(ItemColumns(table), mask, repeats, np.array([EVENT_CODES["purchase"]], np.int8))
 
 
 def stage(
