@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from maple.data.dataset import Vocab
 from maple.data.sources import Clock, ItemsFromEvents, LastWord
-from maple.data.validate import FILE, ROW
+from maple.data.report import FILE, ROW
 from maple.hashing import mix64, stable_hash
 from maple.schema import EVENTS, ITEMS, TIMESTAMP, conform
 

@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -21,27 +21,14 @@ import pyarrow.parquet as pq
 
 from maple.artifacts import FileEntry, Place, point, seal, write_file
 from maple.data import etl
+from maple.data.behaviour import judge_users, names_of
+from maple.data.checks import DUPLICATE, run_checks, stop_on_errors
 from maple.data.readers import Fragment, batches, common_schema, count_rows, fragments, read_fragment
+from maple.data.report import FILE, ROW, UNREADABLE, TableReport, ValidationReport, table_report
 from maple.data.snapshot import ITEMS_FILE, KIND, REPORT_FILE, USERS_FILE, Snapshot, events_file, quarantine_file, write_table
 from maple.data.sources import SourceConfig, TableSource
-from maple.data.validate import (
-    DUPLICATE,
-    FILE,
-    ROW,
-    UNREADABLE,
-    AnyRule,
-    TableReport,
-    ValidationReport,
-    complete,
-    gate,
-    judge,
-    quarantined_rows,
-    rule_counts,
-    rule_name,
-    table_report,
-    validate_events,
-)
-from maple.errors import ConfigError, DataError
+from maple.data.validate import AnyRule, complete, judge, quarantined_rows, rule_counts, rule_name, validate_events
+from maple.errors import ConfigError
 from maple.schema import EVENTS, ITEMS, USERS, conform
 
 REASON, FIRED, BUCKET = "_reason", "_fired", "_bucket"
@@ -57,7 +44,7 @@ class Plan:
     fragments: tuple[Fragment, ...]
     schema: pa.Schema  # of the rows of every fragment
     rules: tuple[AnyRule, ...]
-    catalogue: pa.Array | None  # item ids, where a rule asks for them
+    catalogue: pa.Table | None  # item_id and price, where a rule asks for them
     num_buckets: int
     now: int  # microseconds
     folder: Place  # the snapshot in the making
@@ -87,7 +74,7 @@ class BucketResult:
         """The result again, from a row."""
         files = tuple(FileEntry(**entry) for entry in json.loads(str(row["files"])))
         facts = pa.ipc.open_stream(row["facts"]).read_all()
-        return BucketResult(int(str(row["bucket"])), files, TableReport(**json.loads(str(row["report"]))), facts)
+        return BucketResult(int(str(row["bucket"])), files, TableReport.from_plain(json.loads(str(row["report"]))), facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +99,7 @@ def side_table(table: TableSource, schema: pa.Schema, root: Place, key: str) -> 
 
 
 def plan(
-    source: SourceConfig, root: Place, home: Place, *, rows_per_bucket: int, catalogue: pa.Array | None, now: int | None = None
+    source: SourceConfig, root: Place, home: Place, *, rows_per_bucket: int, catalogue: pa.Table | None, now: int | None = None
 ) -> Plan:
     """Check the event files and decide fragments, rules and buckets; raises before anything is written."""
     found = fragments(source.events, root)
@@ -124,13 +111,13 @@ def plan(
             raise ConfigError(
                 f"rule {rule_name(rule)!r} judges the column {rule.column!r}, which events do not have; keep it under `keep:`"
             )
-    asks = any(rule.kind == "in_catalogue" for rule in rules)
-    if asks and catalogue is None:
-        raise ConfigError("the rule `in_catalogue` needs an item table; declare `items:` in the source or remove the rule")
+    asking = [rule for rule in rules if rule.kind == "in_catalogue" or (rule.kind == "outlier" and rule.against == "catalogue")]
+    if asking and catalogue is None:
+        raise ConfigError(f"the rule `{rule_name(asking[0])}` needs an item table; declare `items:` in the source or remove the rule")
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     buckets = etl.num_buckets_for(count_rows(source.events, found), rows_per_bucket)
     moment = int(time.time() * 1e6) if now is None else now
-    return Plan(source, tuple(found), schema, rules, catalogue if asks else None, buckets, moment, home / "snapshots" / name)
+    return Plan(source, tuple(found), schema, rules, catalogue if asking else None, buckets, moment, home / "snapshots" / name)
 
 
 def judged_schema(plan: Plan) -> pa.Schema:
@@ -173,6 +160,9 @@ def finish_bucket(plan: Plan, bucket: int, rows: pa.Table) -> BucketResult:
         clean = etl.spread_orders(clean, source.events.clock)
     if source.session_gap_minutes is not None:
         clean = etl.sessionise(clean, source.session_gap_minutes)
+    behaved = judge_users(clean, source.behaviour)
+    clean, counts = behaved.clean, counts | behaved.counts
+    quarantined.append(behaved.quarantined)
     clean = etl.in_order(clean)
     aside = pa.concat_tables(quarantined).sort_by([(FILE, "ascending"), (ROW, "ascending")])
     report = table_report(clean, aside, counts)
@@ -198,10 +188,6 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     source = plan.source
     done = sorted(results, key=lambda result: result.bucket)
     events = TableReport.merge(result.report for result in done)
-    try:
-        gate(events, source.max_quarantined_share, f"source {source.name!r}")
-    except DataError as error:  # nothing is published, so the message shows what was wrong
-        raise DataError(f"{error}{_example(plan, done)}") from None
     facts = etl.merge_facts([result.facts for result in done])
     table = etl.item_table(facts, source.items_from_events, None if items is None else items.clean)
     files = [entry for result in done for entry in result.files]
@@ -212,7 +198,12 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
         if side is not None and side.quarantined.num_rows:
             files.append(write_table(plan.folder, f"quarantine/{name}.parquet", side.quarantined))
     sold = pc.count_distinct(facts["item_id"]).as_py()
+    rules = {**{rule_name(rule): rule for rule in plan.rules}, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
+    limit = source.max_quarantined_share
     report = ValidationReport(source.name, events, sold, None if items is None else items.report, None if users is None else users.report)
+    findings = run_checks(source.checks, report, None, rules=rules, max_quarantined_share=limit, now=plan.now)
+    stop_on_errors(findings, f"source {source.name!r}", _example(plan, done))
+    report = replace(report, findings=findings)
     files.append(write_file(plan.folder, REPORT_FILE, json.dumps(report.plain(), indent=1).encode()))
     meta = {"source": source.plain(), "num_buckets": plan.num_buckets, "targets": list(source.targets), "signals": dict(source.signals)}
     manifest = seal(plan.folder, KIND, meta, files)
@@ -248,7 +239,7 @@ def ingest_local(
 ) -> Snapshot:
     """The whole ingestion in this process, for tables that fit in memory; the same snapshot, digest for digest, as on a cluster."""
     items, users = side_tables(source, root)
-    todo = plan(source, root, home, rows_per_bucket=rows_per_bucket, catalogue=None if items is None else _ids(items.clean), now=now)
+    todo = plan(source, root, home, rows_per_bucket=rows_per_bucket, catalogue=None if items is None else prices(items.clean), now=now)
     try:
         parts = [part for fragment in todo.fragments for part in judged_rows(todo, fragment)]
         rows = pa.concat_tables([judged_schema(todo).empty_table(), *parts])
@@ -266,5 +257,6 @@ def ingest_local(
         raise
 
 
-def _ids(table: pa.Table) -> pa.Array:
-    return table["item_id"].combine_chunks()
+def prices(items: pa.Table) -> pa.Table:
+    """What rules may ask of the catalogue."""
+    return items.select(["item_id", "price"])

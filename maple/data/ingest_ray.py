@@ -26,12 +26,13 @@ from maple.data.ingest import (
     judged_rows,
     judged_schema,
     plan,
+    prices,
     publish,
     side_tables,
 )
+from maple.data.report import UNREADABLE
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
-from maple.data.validate import UNREADABLE
 from maple.errors import ConfigError, DataError, MapleError
 
 FAILED = -2  # the reason of a row that carries an error
@@ -54,7 +55,7 @@ def ingest(
     """
     say = progress or (lambda line: None)
     items, users = side_tables(source, root)
-    catalogue = None if items is None else items.clean["item_id"].combine_chunks()
+    catalogue = None if items is None else prices(items.clean)
     todo = plan(source, root, home, rows_per_bucket=rows_per_bucket, catalogue=catalogue, now=now)
     say(f"reading {len(todo.fragments)} fragment(s) of {source.name!r} into {todo.num_buckets} bucket(s)")
     try:

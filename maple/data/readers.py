@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from maple.artifacts import Place
 from maple.data.shape import empty, shape
 from maple.data.sources import TableSource
-from maple.data.validate import FILE, ROW, UNREADABLE
+from maple.data.report import FILE, ROW, UNREADABLE
 from maple.errors import DataError, MapleError, unknown_name
 
 BATCH_ROWS = 131_072

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from maple.artifacts import FileEntry, Manifest, Place, latest, open_manifest, parquet_bytes, read_file, write_file
 from maple.data.dataset import Dataset
-from maple.data.validate import ValidationReport
+from maple.data.report import ValidationReport
 from maple.errors import ArtifactError, unknown_name
 
 KIND = "snapshot"

@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from maple.config import Section
+from maple.data.behaviour import UserRule
+from maple.data.checks import Checks
 from maple.data.dataset import DEFAULT_SIGNALS
 from maple.data.validate import Rule
 from maple.errors import ConfigError, unknown_name
@@ -188,7 +190,9 @@ class SourceConfig(Section):
     items_from_events: ItemsFromEvents = ItemsFromEvents()
     duplicates: Literal["quarantine", "keep"] = "quarantine"  # of events that are equal in every column, or share an event_id
     session_gap_minutes: float | None = Field(default=30.0, gt=0)  # for events without session_id; null leaves it empty
+    behaviour: tuple[UserRule, ...] = ()  # rules about whole users: bots
     max_quarantined_share: float = Field(default=0.5, ge=0, le=1)
+    checks: Checks = Checks()  # of the whole, and against the parent snapshot
     targets: tuple[str, ...] = Field(default=("purchase",), min_length=1)  # event kinds that count as relevant
     signals: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_SIGNALS))  # interest per event kind
 

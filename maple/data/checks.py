@@ -1,0 +1,297 @@
+"""Checks of a whole ingestion, after every row was judged: enough data, no drift of schema or distribution against the parent snapshot.
+
+Settings stand under ``checks:`` of a source; each check has a level: ``error`` stops the ingestion before anything is published,
+``warn`` and ``info`` are written into the report, ``off`` leaves the check out. Rules with a ``severity`` are checks as well.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from pydantic import Field
+
+from maple.config import Section
+from maple.data.drift import Psi, psi
+from maple.data.profile import DAY_US, ColumnProfile, Profile
+from maple.data.report import Finding, Severity, TableReport, ValidationReport
+from maple.errors import DataError
+
+Level: TypeAlias = Literal["error", "warn", "info", "off"]
+DUPLICATE = "duplicate"
+
+
+class Checks(Section):
+    """Levels and limits. The defaults stop what would break training, and only tell of what may be a new season."""
+
+    # Columns of the clean tables, against the parent's.
+    missing_column: Level = "error"
+    type_change: Level = "error"
+    all_null: Level = "error"  # a column that had values has none any more
+    new_column: Level = "info"
+    new_values: Level = "warn"  # an enumeration (few distinct texts) has more than `new_values_factor` times as many, and 10 more
+    new_values_factor: float = Field(default=3.0, gt=1)
+    # Columns of the event files as they came, mapped or not.
+    file_columns: Level = "warn"
+    # Distributions, against the parent's.
+    drift: Level = "warn"  # population stability index above `psi`; from `psi_info` it is an info
+    psi: float = Field(default=0.25, gt=0)
+    psi_info: float = Field(default=0.1, gt=0)
+    nulls: Level = "warn"  # the share of nulls moved by more than `null_change`
+    null_change: float = Field(default=0.1, gt=0, le=1)
+    volume: Level = "warn"  # rows per active day changed by more than `volume_factor`
+    volume_factor: float = Field(default=4.0, gt=1)
+    ignore: tuple[str, ...] = ()  # columns (patterns such as `meta_*`) that may change as they like
+    # The data alone.
+    quarantined: Level = "error"  # the limit is the source's `max_quarantined_share`
+    duplicates: Level = "warn"
+    max_duplicate_share: float = Field(default=0.2, ge=0, le=1)
+    time_gap: Level = "warn"  # days without any event, inside or since the parent's last
+    max_gap_days: float = Field(default=45.0, gt=0)
+    freshness: Level = "warn"  # only where `max_age_days` is given
+    max_age_days: float | None = Field(default=None, gt=0)
+    too_few: Level = "warn"
+    min_users: int = Field(default=10, ge=1)
+    min_items: int = Field(default=10, ge=1)
+    min_events: int = Field(default=100, ge=1)
+
+
+class Tolerant(Protocol):
+    """A rule that may be a check: its severity and the share of rows it may fire on."""
+
+    @property
+    def severity(self) -> Severity | None: ...
+    @property
+    def max_share(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the checks are asked about: the new report, the parent's or None, the rules by name, the moment of ingestion (microseconds)."""
+
+    checks: Checks
+    report: ValidationReport
+    parent: ValidationReport | None
+    rules: Mapping[str, Tolerant]
+    max_quarantined_share: float
+    now: int
+
+
+def run_checks(
+    checks: Checks, report: ValidationReport, parent: ValidationReport | None = None, *, rules: Mapping[str, Tolerant] | None = None,
+    max_quarantined_share: float = 1.0, now: int = 0,
+) -> tuple[Finding, ...]:  # fmt: skip
+    """Every finding, errors first. ``parent`` is the report of the snapshot before; without one nothing can have drifted."""
+    asked = Question(checks, report, parent, rules or {}, max_quarantined_share, now)
+    found = [finding for check in _CHECKS for finding in check(asked)]
+    order: list[Severity] = ["error", "warn", "info"]
+    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+
+
+def stop_on_errors(findings: Iterable[Finding], what: str, examples: str = "") -> None:
+    """``DataError`` with every finding that is an error; ``examples`` (sentences) says which rows."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        told = " ".join(f"[{finding.check}] {finding.message}" for finding in errors)
+        raise DataError(f"{what}: nothing was published, the data failed {len(errors)} check(s). {told}{examples}")
+
+
+# -- the data alone ----------------------------------------------------------------------------------------------------
+
+
+def _quarantined(asked: Question) -> Iterator[Finding]:
+    events = asked.report.events
+    top = sorted(events.reasons.items(), key=lambda pair: -pair[1])[:4]
+    why = "; ".join(f"{name}: {count:,}" for name, count in top) or "the files hold no rows"
+    if events.rows_clean == 0:
+        if events.rows_known + events.rows_deleted and not events.rows_quarantined:
+            return  # a batch without news
+        text = f"no events are left after cleaning {events.rows_judged:,} rows ({why}). Check `columns:` and `rules:` in the source YAML."
+        yield Finding("quarantined", "error", "", text, 1.0, asked.max_quarantined_share)
+        return
+    share, limit = events.rows_quarantined / events.rows_judged, asked.max_quarantined_share
+    if share > limit:
+        text = (
+            f"{share:.1%} of {events.rows_judged:,} rows would be quarantined, more than `max_quarantined_share: {limit}` allows ({why}). "
+            "Fix the mapping or the files, or raise the limit in the source YAML."
+        )
+        yield from _found(asked.checks.quarantined, "quarantined", "", text, share, limit)
+
+
+def _rules(asked: Question) -> Iterator[Finding]:
+    events = asked.report.events
+    for name, rule in asked.rules.items():
+        count = events.rules.get(name, 0)
+        share = count / max(events.rows_judged, 1)
+        if rule.severity is not None and count and share > rule.max_share:
+            text = f"the rule {name!r} fired on {count:,} of {events.rows_judged:,} rows ({share:.2%}, allowed {rule.max_share:.2%})."
+            yield Finding(name, rule.severity, getattr(rule, "column", ""), text, share, rule.max_share)
+
+
+def _duplicates(asked: Question) -> Iterator[Finding]:
+    events, limit = asked.report.events, asked.checks.max_duplicate_share
+    share = events.reasons.get(DUPLICATE, 0) / max(events.rows_judged, 1)
+    if share > limit:
+        text = f"{share:.1%} of the rows are duplicates (allowed {limit:.1%}); was a file exported or listed twice?"
+        yield from _found(asked.checks.duplicates, "duplicates", "", text, share, limit)
+
+
+def _too_few(asked: Question) -> Iterator[Finding]:
+    checks, report = asked.checks, asked.report
+    if asked.parent is not None and report.events.rows_clean:
+        return  # a batch may be small
+    for what, count, least in (
+        ("users", report.events.users, checks.min_users), ("items", report.items, checks.min_items),
+        ("events", report.events.rows_clean, checks.min_events),
+    ):  # fmt: skip
+        if 0 < count < least:
+            text = f"only {count:,} {what} after cleaning, fewer than `min_{what}: {least}`; models learn little from so few."
+            yield from _found(checks.too_few, "too_few", "", text, count, least)
+
+
+def _time(asked: Question) -> Iterator[Finding]:
+    checks, events = asked.checks, asked.report.events
+    if events.last is None or events.first is None:
+        return
+    age = (asked.now - events.last) / DAY_US
+    if checks.max_age_days is not None and asked.now and age > checks.max_age_days:
+        text = f"the last event is {age:.1f} days old, older than `max_age_days: {checks.max_age_days}`; did the export stop?"
+        yield from _found(checks.freshness, "freshness", "timestamp", text, age, checks.max_age_days)
+    gap = 0.0
+    column = None if events.profile is None else events.profile.columns.get("timestamp")
+    if column is not None and len(column.bins) > 1:
+        days = sorted(column.bins)
+        gap = float(max(after - before for before, after in itertools.pairwise(days)) - 1) * column.width
+    before = None if asked.parent is None else asked.parent.events.last
+    since = 0.0 if before is None else (events.first - before) / DAY_US
+    for length, where in ((gap, "within the data"), (since, "since the last event of the parent")):
+        if length > checks.max_gap_days:
+            text = f"{length:.0f} days without any event {where}, more than `max_gap_days: {checks.max_gap_days:g}`; is a file missing?"
+            yield from _found(checks.time_gap, "time_gap", "timestamp", text, length, checks.max_gap_days)
+
+
+# -- against the parent ------------------------------------------------------------------------------------------------
+
+
+def _file_columns(asked: Question) -> Iterator[Finding]:
+    before = {} if asked.parent is None else asked.parent.file_columns
+    now = asked.report.file_columns
+    if not before or not now:
+        return
+    for name in sorted({*before, *now}):
+        if _ignored(name, asked.checks) or before.get(name) == now.get(name):
+            continue
+        if name not in now:
+            text = f"the event files have no column {name!r} any more (the parent's had it as {before[name]})."
+        elif name not in before:
+            text = f"the event files have a new column {name!r} ({now[name]}); name it under `keep:` to use it."
+        else:
+            text = f"the column {name!r} of the event files is {now[name]} and was {before[name]}."
+        yield from _found(asked.checks.file_columns, "file_columns", name, text)
+
+
+def _columns(asked: Question) -> Iterator[Finding]:
+    if asked.parent is None:
+        yield Finding("parent", "info", "", "no parent snapshot: nothing to compare with, drift is checked from the next one on.")
+        return
+    for table, now, before in _tables(asked.report, asked.parent):
+        for name in sorted({*before.columns, *now.columns}):
+            if _ignored(name, asked.checks):
+                continue
+            if name not in now.columns:
+                text = (
+                    f"{table} have no column {name!r} any more; map it again in the source YAML, or set `checks: {{missing_column: warn}}`."
+                )
+                yield from _found(asked.checks.missing_column, "missing_column", name, text)
+            elif name not in before.columns:
+                yield from _found(asked.checks.new_column, "new_column", name, f"{table} have a new column {name!r}.")
+            else:
+                yield from _one_column(asked.checks, table, name, now.columns[name], before.columns[name])
+
+
+def _one_column(checks: Checks, table: str, name: str, now: ColumnProfile, before: ColumnProfile) -> Iterator[Finding]:
+    if not now.rows or not before.rows:
+        return
+    if now.nulls == now.rows:
+        if before.nulls < before.rows:
+            text = (
+                f"column {name!r} of {table} has no value in any of {now.rows:,} rows (the parent: {1 - before.null_share:.1%} have one)."
+            )
+            yield from _found(
+                checks.all_null, "all_null", name, text + " Was it renamed or left out of the export?", 1.0, before.null_share
+            )
+        return
+    if before.nulls == before.rows:
+        yield from _found(checks.new_column, "new_column", name, f"column {name!r} of {table} has values now; it had none.")
+        return
+    if now.type != before.type:
+        text = f"column {name!r} of {table} is {now.type} and was {before.type}; convert it in the export or map it by `types:`."
+        yield from _found(checks.type_change, "type_change", name, text)
+        return
+    change = now.null_share - before.null_share
+    if abs(change) > checks.null_change:
+        text = f"{now.null_share:.1%} of column {name!r} of {table} are missing, {before.null_share:.1%} in the parent."
+        yield from _found(checks.nulls, "nulls", name, text, change, checks.null_change)
+    if now.kind == "text" and before.complete and now.distinct > max(checks.new_values_factor * before.distinct, before.distinct + 10):
+        text = f"column {name!r} of {table} has {now.distinct:,} distinct values, the parent {before.distinct:,}"
+        limit = checks.new_values_factor * before.distinct
+        yield from _found(checks.new_values, "new_values", name, text + "; is it still the same column?", now.distinct, limit)
+        return
+    index = psi(before, now)
+    if index is not None:
+        yield from _drift(checks, table, name, index)
+
+
+def _drift(checks: Checks, table: str, name: str, index: Psi) -> Iterator[Finding]:
+    sure = index.value - index.noise
+    if sure > checks.psi_info:
+        text = (
+            f"column {name!r} of {table} is distributed differently: PSI {index.value:.2f} (chance alone {index.noise:.3f}); {index.told}."
+        )
+        level: Level = checks.drift if sure > checks.psi or checks.drift == "off" else "info"
+        yield from _found(level, "drift", name, text, index.value, checks.psi if level != "info" else checks.psi_info)
+
+
+def _volume(asked: Question) -> Iterator[Finding]:
+    if asked.parent is None:
+        return
+    now, before = (_daily(report.events) for report in (asked.report, asked.parent))
+    factor = asked.checks.volume_factor
+    if now and before and not 1 / factor <= now / before <= factor:
+        text = (
+            f"{now:,.0f} events per active day, {before:,.0f} in the parent: a change by more than {factor:g} times; is the export whole?"
+        )
+        yield from _found(asked.checks.volume, "volume", "", text, now / before, factor)
+
+
+def _daily(report: TableReport) -> float:
+    column = None if report.profile is None else report.profile.columns.get("timestamp")
+    return report.rows_clean / (len(column.bins) * column.width) if column is not None and column.bins else 0.0
+
+
+def _tables(report: ValidationReport, parent: ValidationReport) -> Iterator[tuple[str, Profile, Profile]]:
+    for what, now, before in (
+        ("events", report.events, parent.events), ("items", report.item_table, parent.item_table),
+        ("users", report.user_table, parent.user_table),
+    ):  # fmt: skip
+        if now is not None and before is not None and now.profile is not None and before.profile is not None:
+            yield what, now.profile, before.profile
+
+
+def _ignored(name: str, checks: Checks) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in checks.ignore)
+
+
+def _found(
+    level: Level, check: str, column: str, message: str, value: float | None = None, limit: float | None = None
+) -> Iterator[Finding]:  # fmt: skip
+    if level != "off":
+        yield Finding(check, level, column, message, value, limit)
+
+
+_CHECKS: Sequence[Callable[[Question], Iterator[Finding]]] = (
+    _quarantined, _rules, _duplicates, _too_few, _time, _file_columns, _columns, _volume,
+)  # fmt: skip
