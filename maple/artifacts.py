@@ -199,10 +199,10 @@ def verify(folder: Place, manifest: Manifest) -> None:
 # -- bytes of the formats ----------------------------------------------------------------------------------------------
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as one Parquet file; the same table gives the same bytes."""
+def parquet_bytes(table: pa.Table, group_rows: int | None = None) -> bytes:
+    """A table as one Parquet file, in row groups of at most ``group_rows``; the same table gives the same bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=True)
+    pq.write_table(table, sink, compression="zstd", store_schema=True, row_group_size=group_rows)
     return bytes(sink.getvalue().to_pybytes())
 
 
