@@ -188,7 +188,14 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     source = plan.source
     done = sorted(results, key=lambda result: result.bucket)
     events = TableReport.merge(result.report for result in done)
-    facts = etl.merge_facts([result.facts for result in done])
+    facts = etl.merge_facts([result.facts for result in done]) if done else None
+    sold = 0 if facts is None else pc.count_distinct(facts["item_id"]).as_py()
+    report = ValidationReport(source.name, events, sold, None if items is None else items.report, None if users is None else users.report)
+    rules = {**{rule_name(rule): rule for rule in plan.rules}, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
+    findings = run_checks(source.checks, report, rules=rules, max_quarantined_share=source.max_quarantined_share, now=plan.now)
+    stop_on_errors(findings, f"source {source.name!r}", _example(plan, done))  # nothing is published, so the message shows what was wrong
+    report = replace(report, findings=findings)
+    assert facts is not None, "there are clean rows"
     table = etl.item_table(facts, source.items_from_events, None if items is None else items.clean)
     files = [entry for result in done for entry in result.files]
     files.append(write_table(plan.folder, ITEMS_FILE, table))
@@ -197,13 +204,6 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     for name, side in (("items", items), ("users", users)):
         if side is not None and side.quarantined.num_rows:
             files.append(write_table(plan.folder, f"quarantine/{name}.parquet", side.quarantined))
-    sold = pc.count_distinct(facts["item_id"]).as_py()
-    rules = {**{rule_name(rule): rule for rule in plan.rules}, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
-    limit = source.max_quarantined_share
-    report = ValidationReport(source.name, events, sold, None if items is None else items.report, None if users is None else users.report)
-    findings = run_checks(source.checks, report, None, rules=rules, max_quarantined_share=limit, now=plan.now)
-    stop_on_errors(findings, f"source {source.name!r}", _example(plan, done))
-    report = replace(report, findings=findings)
     files.append(write_file(plan.folder, REPORT_FILE, json.dumps(report.plain(), indent=1).encode()))
     meta = {"source": source.plain(), "num_buckets": plan.num_buckets, "targets": list(source.targets), "signals": dict(source.signals)}
     manifest = seal(plan.folder, KIND, meta, files)

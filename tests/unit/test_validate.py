@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,11 +10,14 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
-from maple.data.validate import AnyRule, Rule, TableReport, ValidationReport, complete, gate, judge, validate_events
-from maple.errors import ConfigError, DataError
+from maple.data.profile import Profile
+from maple.data.report import Finding, TableReport, ValidationReport
+from maple.data.validate import AnyRule, Rule, complete, judge, rule_name, validate_events
+from maple.errors import ConfigError
 from maple.schema import TIMESTAMP
 
 NOW = int(datetime(2024, 1, 2, tzinfo=UTC).timestamp() * 1e6)
+CATALOGUE = pa.table({"item_id": ["a", "free"], "price": pa.array([2.0, None], pa.float32())})
 
 
 def rules(*plain: dict[str, Any]) -> list[AnyRule]:
@@ -43,7 +47,7 @@ def table(**columns: Any) -> pa.Table:
     ],
 )
 def test_kinds_fire_where_they_should(rule: dict[str, Any], column: str, values: list[Any], fires: list[int]) -> None:
-    judged = judge(table(**{column: values}), rules(rule), catalogue=pa.array(["a"]), now=NOW)
+    judged = judge(table(**{column: values}), rules(rule), catalogue=CATALOGUE, now=NOW)
     assert judged.fired.tolist() == fires
     assert (judged.reason == 0).astype(int).tolist() == fires
 
@@ -117,14 +121,35 @@ def test_reports_merge_by_adding_and_survive_json() -> None:
     assert both == TableReport(
         8, 7, 1, {"a": 1}, {"a": 1, "b": 4}, {"price": 2}, {"f": 4, "g": 4}, {"click": 1, "view": 6}, 3, 5, 20
     )  # fmt: skip
-    report = ValidationReport("s", both, 4, item_table=one)
-    assert ValidationReport.of(report.plain()) == report
+    profile = Profile.of(table(user_id=["u", "u"], price=[1.0, None], timestamp=[NOW, NOW + 1]))
+    whole = TableReport(rows_in=2, rows_clean=2, profile=profile)
+    finding = Finding("drift", "warn", "price", "the price moved", 0.3, 0.25)
+    report = ValidationReport("s", both, 4, item_table=one, user_table=whole, parent="p", file_columns={"a": "text"}, findings=(finding,))
+    assert ValidationReport.of(json.loads(json.dumps(report.plain()))) == report
+    assert report.lines()[-1] == "  warn: the price moved"
+    parts = [TableReport(rows_in=7, rows_clean=1, rows_quarantined=1, rows_known=3, rows_deleted=2), TableReport(rows_known=1, rows_in=1)]
+    line = ValidationReport("s", TableReport.merge(parts), 1).lines()[0]
+    assert "8 rows in = 1 clean + 1 quarantined (50.0%) + 4 known already + 2 of deleted users" in line
     assert any("8 rows in = 7 clean + 1 quarantined" in line for line in report.lines())
 
 
-def test_the_gate_stops_empty_and_mostly_bad_data() -> None:
-    with pytest.raises(DataError, match=r"no events are left.*10 rows.*bad: 10"):
-        gate(TableReport(rows_in=10, rows_quarantined=10, reasons={"bad": 10}), 1.0, "s")
-    with pytest.raises(DataError, match=r"60\.0% of 10 rows"):
-        gate(TableReport(rows_in=10, rows_clean=4, rows_quarantined=6, reasons={"bad": 6}), 0.5, "s")
-    gate(TableReport(rows_in=10, rows_clean=5, rows_quarantined=5), 0.5, "s")
+@pytest.mark.parametrize(
+    ("item", "price", "fires"),
+    [("a", 2.0, False), ("a", 20.0, False), ("a", 20.1, True), ("a", 0.21, False), ("a", 0.19, True), ("a", None, False),
+     ("a", -25.0, True), ("free", 1e9, False), ("unknown", 1e9, False)],
+)  # fmt: skip
+def test_a_price_is_an_outlier_against_the_catalogue(item: str, price: float | None, fires: bool) -> None:
+    judged = judge(table(item_id=[item], price=[price]), rules({"kind": "outlier", "times": 10}), catalogue=CATALOGUE)
+    assert bool(judged.fired[0]) is fires
+
+
+def test_a_quantity_is_an_outlier_against_the_parent_only() -> None:
+    declared = rules({"kind": "outlier", "column": "value", "against": "parent", "times": 2})
+    rows = table(user_id=["u"] * 3, item_id=["a"] * 3, value=[9.0, -50.0, None])
+    alone = {rule_name(rule): rule for rule in complete(declared, ("user_id",), events=False)}
+    assert not judge(rows, [alone["outlier:value"]]).fired.any()
+    parent = Profile.of(table(value=[1.0] * 995 + [5.0] * 5))  # the 99.9 % quantile lies in the bin of 5: 5 to 6
+    known = {rule_name(rule): rule for rule in complete(declared, ("user_id",), events=False, parent=parent)}
+    assert judge(rows, [known["outlier:value"]]).fired.astype(bool).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="only knows prices"):
+        rules({"kind": "outlier", "column": "value"})
