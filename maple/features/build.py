@@ -1,19 +1,21 @@
 """The offline feature build, piece by piece: what one bucket gives, how the pieces become an artifact, and the artifact itself.
 
-Per bucket of users: point-in-time user and user-item features of every target event, and the bucket's partial sums for items.
-Then one small reduce makes the item timeline, and the manifest comes last. ``build_ray`` maps these functions over a cluster.
+Per bucket of users: point-in-time user and user-item features of every target event, and what its users do to items, split into
+shards of items. Then one task per shard folds its items from the pieces of all buckets, and the manifest comes last. Every task needs
+memory for one bucket or one shard, whatever their number. ``build_ray`` maps these functions over a cluster.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import safetensors.numpy
 
 from maple.artifacts import (
     FileEntry,
@@ -25,22 +27,25 @@ from maple.artifacts import (
     parquet_bytes,
     point,
     read_file,
+    scratch,
     seal,
-    tensor_bytes,
     write_file,
 )
-from maple.data.dataset import Dataset, Vocab, align
+from maple.data.dataset import Dataset, Int64, Vocab, align
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, unknown_name
 from maple.features.catalogue import Catalogue
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
+from maple.features.ticks import PARTIALS as PARTIALS_SCHEMA
 from maple.features.ticks import ItemTimeline, partials
 from maple.features.views import catalogue as catalogue_page
+from maple.hashing import mix64, stable_hash
 from maple.schema import EVENT_TYPES, TIMESTAMP
 
 KIND = "features"
-ITEMS_FILE, TICKS_FILE, PAGE_FILE = "items.arrow", "item_ticks.safetensors", "features.md"
+ITEMS_FILE, PAGE_FILE = "items.arrow", "features.md"
+PARTIALS = "partials"  # the folder of the pieces between the two phases; gone when the features are finished
 Progress = Callable[[str], None]
 
 
@@ -50,8 +55,13 @@ def rows_file(bucket: int) -> str:
 
 
 def partials_file(bucket: int) -> str:
-    """Where what a bucket's users add to the items lies."""
-    return f"partials/bucket={bucket:05d}.parquet"
+    """Where what a bucket's users do to the items lies: an Arrow file with one record batch per shard."""
+    return f"{PARTIALS}/bucket={bucket:05d}.arrow"
+
+
+def ticks_file(shard: int) -> str:
+    """Where the timeline of a shard's items lies."""
+    return f"item_ticks/shard={shard:05d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,19 @@ class Plan:
     items: pa.Table
     spec: FeatureSpec
     folder: Place
+
+    @property
+    def num_shards(self) -> int:
+        """Parts that the items are hashed into: as many as buckets, so that a shard has the events of a bucket on average."""
+        return self.snapshot.num_buckets
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one task hands back: the files that it made, and the items it met that the item table lacks."""
+
+    files: tuple[FileEntry, ...] = ()
+    items: tuple[str, ...] = ()
 
 
 def target_rows(data: Dataset, spec: FeatureSpec, catalogue: Catalogue) -> pa.Table:
@@ -85,20 +108,55 @@ def target_rows(data: Dataset, spec: FeatureSpec, catalogue: Catalogue) -> pa.Ta
     return pa.table(keys | columns)
 
 
-def build_bucket(plan: Plan, bucket: int) -> list[FileEntry]:
-    """Build and write one bucket; the files it made (none for an empty bucket)."""
+def build_bucket(plan: Plan, bucket: int) -> Made:
+    """First phase: a bucket's feature rows (no file for an empty bucket), and its partials for ``build_shard``."""
     events = plan.snapshot.events([bucket])
     if events.num_rows == 0:
-        return []
+        _write_partials(plan, bucket, PARTIALS_SCHEMA.empty_table())
+        return Made()
     data = Dataset.from_tables(events, plan.items, targets=plan.snapshot.targets)
-    catalogue = Catalogue.of(data)
-    made = []
-    for name, table in (
-        (rows_file(bucket), target_rows(data, plan.spec, catalogue)),
-        (partials_file(bucket), partials(data, plan.spec, catalogue)),
-    ):
-        made.append(write_file(plan.folder, name, parquet_bytes(table), table.num_rows))
-    return made
+    _write_partials(plan, bucket, partials(data, plan.spec))
+    rows = target_rows(data, plan.spec, Catalogue.of(data))
+    return Made((write_file(plan.folder, rows_file(bucket), parquet_bytes(rows), rows.num_rows),))
+
+
+def _write_partials(plan: Plan, bucket: int, table: pa.Table) -> None:
+    shard = _shards(plan, table["item_id"])
+    order = np.argsort(shard, kind="stable")
+    edges = np.searchsorted(shard[order], np.arange(plan.num_shards + 1))
+    batch = pa.record_batch([column.combine_chunks() for column in table.take(pa.array(order)).columns], schema=table.schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        for start, stop in itertools.pairwise(edges):
+            writer.write_batch(batch.slice(start, stop - start))
+    (plan.folder / partials_file(bucket)).write(sink.getvalue().to_pybytes())
+
+
+def _shards(plan: Plan, ids: pa.ChunkedArray) -> Int64:
+    """The shard of each item: by its place in the item table, or by its id where it is not there."""
+    rows = pc.index_in(ids, value_set=plan.items["item_id"].cast(pa.string()).combine_chunks())
+    out = mix64(np.asarray(rows.fill_null(0)).astype(np.uint64))
+    strange = np.flatnonzero(np.asarray(rows.is_null()))
+    out[strange] = [stable_hash("shard", text) for text in ids.take(pa.array(strange)).to_pylist()]
+    return np.asarray(out % np.uint64(plan.num_shards)).astype(np.int64)
+
+
+def _read_partials(plan: Plan, bucket: int, shard: int) -> pa.RecordBatch:
+    place = plan.folder / partials_file(bucket)
+    with place.fs.open_input_file(place.path) as file:
+        return pa.ipc.open_file(file).get_batch(shard)
+
+
+def build_shard(plan: Plan, shard: int) -> Made:
+    """Second phase: the timeline of a shard's items, from the partials of all buckets in their order."""
+    table = pa.Table.from_batches([_read_partials(plan, bucket, shard) for bucket in range(plan.snapshot.num_buckets)])
+    if table.num_rows == 0:
+        return Made()
+    ids = Vocab.of(table["item_id"])
+    catalogue = Catalogue.from_table(ids, align(plan.items, "item_id", ids))
+    ticks = ItemTimeline.of([table], plan.spec, catalogue).table()
+    strange = ids.ids.filter(pc.invert(pc.is_in(ids.ids, value_set=plan.items["item_id"].cast(pa.string()).combine_chunks())))
+    return Made((write_file(plan.folder, ticks_file(shard), arrow_bytes(ticks), ticks.num_rows),), tuple(strange.to_pylist()))
 
 
 @dataclass(frozen=True)
@@ -157,9 +215,10 @@ class FeatureArtifact:
         return Catalogue.from_table(Vocab(table["item_id"].combine_chunks()), table)
 
     def timeline(self) -> ItemTimeline:
-        """The item features of all ticks."""
-        tensors = safetensors.numpy.load(read_file(self.folder, self.manifest, TICKS_FILE))
-        return ItemTimeline.from_tensors(tensors, self.spec, self.catalogue())
+        """The item features of all ticks, in memory: about 300 bytes per item and tick in which something happened to it."""
+        names = sorted(name for name in self.manifest.files if name.startswith("item_ticks/"))
+        tables = [pa.ipc.open_file(read_file(self.folder, self.manifest, name)).read_all() for name in names]
+        return ItemTimeline.joined(tables, self.spec, self.catalogue())
 
     def _parquet(self, name: str) -> pa.Table:
         return pq.ParquetFile(pa.BufferReader(read_file(self.folder, self.manifest, name))).read()
@@ -181,20 +240,16 @@ def finished(todo: Plan, home: Place) -> FeatureArtifact | None:
     return found
 
 
-def publish(todo: Plan, home: Place, entries: Iterable[FileEntry]) -> FeatureArtifact:
-    """Reduce the buckets' partial sums to the item timeline, seal, and make it the latest."""
-    files = sorted(entries, key=lambda entry: entry.name)
-    parts = []
-    for entry in files:
-        if entry.name.startswith("partials/"):
-            parts.append(pq.ParquetFile(pa.BufferReader((todo.folder / entry.name).read())).read())
-    ids = Vocab.of(pa.chunked_array([chunk for table in (todo.items, *parts) for chunk in table["item_id"].cast(pa.string()).chunks]))
+def publish(todo: Plan, home: Place, made: Iterable[Made]) -> FeatureArtifact:
+    """Write what all tasks share, remove what was between the phases, seal, and make it the latest."""
+    parts = list(made)
+    files = sorted((entry for part in parts for entry in part.files), key=lambda entry: entry.name)
+    strange = pa.array([text for part in parts for text in part.items], pa.string())
+    ids = Vocab.of(pa.chunked_array([*todo.items["item_id"].cast(pa.string()).chunks, strange]))
     table = align(todo.items, "item_id", ids)
-    catalogue = Catalogue.from_table(ids, table)
-    timeline = ItemTimeline.of(parts, todo.spec, catalogue)
     files.append(write_file(todo.folder, ITEMS_FILE, arrow_bytes(table), table.num_rows))
-    files.append(write_file(todo.folder, TICKS_FILE, tensor_bytes(timeline.tensors()), len(timeline.ticks)))
     files.append(write_file(todo.folder, PAGE_FILE, catalogue_page(todo.spec.all_views).encode()))
+    (todo.folder / PARTIALS).delete()
     meta = json.loads(json.dumps({"snapshot": todo.snapshot.digest, "spec": todo.spec.plain(), "spec_digest": todo.spec.digest}))
     manifest = seal(todo.folder, KIND, meta, files)
     point(home, "features", todo.folder.name)
@@ -204,6 +259,9 @@ def publish(todo: Plan, home: Place, entries: Iterable[FileEntry]) -> FeatureArt
 def build_local(snapshot: Snapshot, spec: FeatureSpec, home: Place) -> FeatureArtifact:
     """The whole build in this process; the same artifact, digest for digest, as on a cluster."""
     todo = plan(snapshot, spec, home)
-    return finished(todo, home) or publish(
-        todo, home, [entry for bucket in range(snapshot.num_buckets) for entry in build_bucket(todo, bucket)]
-    )
+    done = finished(todo, home)
+    if done is not None:
+        return done
+    with scratch(todo.folder):
+        made = [build_bucket(todo, bucket) for bucket in range(snapshot.num_buckets)]
+        return publish(todo, home, made + [build_shard(todo, shard) for shard in range(todo.num_shards)])

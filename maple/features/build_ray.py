@@ -1,21 +1,30 @@
-"""The offline feature build over a Ray cluster: one task per bucket of users, then the reduce on the driver.
+"""The offline feature build over a Ray cluster: one task per bucket of users, then one per shard of items.
 
-Only plain functions of ``build`` run inside; a task reads and writes its bucket itself, and the driver sees names and digests.
+Only plain functions of ``build`` run inside; a task reads and writes its files itself, and the driver sees names and digests.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
-from maple.artifacts import FileEntry, Place
+from maple.artifacts import FileEntry, Place, scratch
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, MapleError
-from maple.features.build import FeatureArtifact, Plan, Progress, build_bucket, finished, plan, publish
+from maple.features.build import FeatureArtifact, Made, Plan, Progress, build_bucket, build_shard, finished, plan, publish
 from maple.features.spec import FeatureSpec
 
-_ROW = pa.schema([("name", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64()), ("rows", pa.int64()), ("error", pa.string())])
+_ROW = pa.schema(
+    [
+        ("files", pa.list_(pa.struct([("name", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64()), ("rows", pa.int64())]))),
+        ("items", pa.list_(pa.string())),
+        ("error", pa.string()),
+    ]
+)
 
 
 def build(snapshot: Snapshot, spec: FeatureSpec, home: Place, progress: Progress | None = None) -> FeatureArtifact:
@@ -30,33 +39,33 @@ def build(snapshot: Snapshot, spec: FeatureSpec, home: Place, progress: Progress
         say(f"features {done.name} are built already")
         return done
     say(f"building {len(spec.columns)} features of {len(spec.views)} views over {snapshot.num_buckets} bucket(s)")
-    try:
-        made = publish(todo, home, _entries(todo))
-    except BaseException:
-        todo.folder.delete()
-        raise
+    with scratch(todo.folder):
+        shared = ray.put(todo)  # once, not with every task
+        rows = _map(shared, build_bucket, "bucket", snapshot.num_buckets)
+        made = publish(todo, home, rows + _map(shared, build_shard, "shard of items", todo.num_shards))
     say(f"{made.num_rows:,} feature rows in {made.name}")
     return made
 
 
-def _entries(todo: Plan) -> list[FileEntry]:
-    shared = ray.put(todo)
+def _map(shared: ray.ObjectRef, task: Callable[[Plan, int], Made], what: str, count: int) -> list[Made]:
+    """The task for every number below ``count``; the first error is raised here."""
 
     def work(batch: pa.Table) -> pa.Table:
         here: Plan = ray.get(shared)
-        rows = []
-        for bucket in batch["bucket"].to_pylist():
+        rows: list[dict[str, Any]] = []
+        for number in batch["number"].to_pylist():
             try:
-                rows += [{"name": entry.name, **entry.plain(), "error": None} for entry in build_bucket(here, bucket)]
+                made = task(here, number)
+                rows.append({"files": [vars(entry) for entry in made.files], "items": made.items})
             except MapleError as error:  # travels as a row: raised here, Ray would log its traceback and wrap its message
-                rows.append({"error": f"bucket {bucket}: {error}"})
+                rows.append({"error": f"{what} {number}: {error}"})
         return pa.Table.from_pylist(rows, schema=_ROW)
 
-    numbers = pa.table({"bucket": list(range(todo.snapshot.num_buckets))})
-    tasks = ray.data.from_arrow([numbers.slice(place, 1) for place in range(numbers.num_rows)])
-    entries = []
+    numbers = pa.table({"number": range(count)})
+    tasks = ray.data.from_arrow([numbers.slice(place, 1) for place in range(count)])
+    found = []
     for row in tasks.map_batches(work, batch_size=1, batch_format="pyarrow", zero_copy_batch=True).take_all():
         if row["error"]:
             raise ArtifactError(row["error"])
-        entries.append(FileEntry(row["name"], row["sha256"], row["bytes"], row["rows"]))
-    return entries
+        found.append(Made(tuple(FileEntry(**entry) for entry in row["files"]), tuple(row["items"])))
+    return found

@@ -1,8 +1,9 @@
-"""Item features on a clock of ticks: partial sums per (item, tick) that merge, a timeline, and what is read from it.
+"""Item features on a clock of ticks: what users do to items, folded per (item, tick), a timeline, and what is read from it.
 
-Every user bucket emits ``partials``; ``ItemTimeline.of`` adds them up and folds them in time order with the same step as
-everything else. Tick k covers [k, k+1) * tick and is closed from its end on, so a read at time t takes tick t // tick - 1: all it
-has seen is strictly earlier than t. Only ticks with events are stored; between them the decay is exact.
+Every user bucket hands on its ``partials``: its events in compact form, by item. ``ItemTimeline.of`` folds those of some items, from
+however many buckets, with the same step as everything else: first the events of a tick, then the ticks of an item. Tick k covers
+[k, k+1) * tick and is closed from its end on, so a read at time t takes tick t // tick - 1: all it has seen is strictly earlier
+than t. Only ticks with events are stored; between them the decay is exact.
 
 Legend: I items, P (item, tick) pairs with events, W slots, N rows.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,24 @@ import pyarrow as pa
 from maple.data.dataset import Bool, Dataset, Float32, Int32, Int64
 from maple.errors import ArtifactError
 from maple.features.catalogue import Catalogue, EventColumns
-from maple.features.fold import NEVER, Float64, Op, initial, layout, trace
+from maple.features.fold import NEVER, Float64, Op, decay, fold, initial, layout, trace
 from maple.features.spec import FeatureSpec
 from maple.features.view import Key, ReadContext
 from maple.schema import EVENT_CODES
+
+#: What users did to items: ``fresh`` marks a user's first purchase of the item in a tick.
+PARTIALS = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("time", pa.int64()),  # microseconds
+        ("event", pa.int8()),
+        ("value", pa.float32()),  # NaN where missing
+        ("price", pa.float32()),  # NaN where missing
+        ("fresh", pa.bool_()),
+    ]
+)
+#: Events folded at once: their contributions stay in the processor's cache.
+CHUNK = 1 << 14
 
 
 def _slots(spec: FeatureSpec) -> tuple[npt.NDArray[np.int8], Float64]:
@@ -43,61 +57,45 @@ def first_purchases(data: Dataset, tick: int) -> Bool:
     return out
 
 
-def partials(data: Dataset, spec: FeatureSpec, catalogue: Catalogue | None = None) -> pa.Table:
-    """What the users of this log add to every (item, tick), as of the tick's end: columns item_id, tick int64, state double[W]."""
-    catalogue = catalogue or Catalogue.of(data)
+def partials(data: Dataset, spec: FeatureSpec) -> pa.Table:
+    """What the users of this log do to items, by item: ``PARTIALS``. Those of disjoint users add up by concatenation."""
     log = data.log
-    keep = np.flatnonzero(log.item >= 0)
-    item, time = log.item[keep], log.time[keep]
+    rows = np.flatnonzero(log.item >= 0)
+    rows = rows[np.argsort(log.item[rows], kind="stable")]
+    columns = (log.time, log.event, log.value, log.price, first_purchases(data, spec.tick))
+    ids = data.items.ids.take(pa.array(log.item[rows]))
+    return pa.table([ids, *(pa.array(column[rows]) for column in columns)], schema=PARTIALS)
+
+
+def _folded(table: pa.Table, spec: FeatureSpec, catalogue: Catalogue) -> tuple[Int32, Int64, Float64]:
+    """Partials as what each (item, tick) adds up to at the tick's end, by item and tick: items [P], ticks [P], state [P, W]."""
+    ops, half_lives = _slots(spec)
+    assert set(ops.tolist()) <= {Op.SUM, Op.MAX, Op.MIN}, "slots of item views are SUM, MAX or MIN: what ticks and users add to merges"
+    item = catalogue.items.encode(table["item_id"])
+    time = np.asarray(table["time"])
+    order = np.lexsort((time, item))
+    order = order[np.searchsorted(item[order], 0) :]  # without the unknown
+    item, time = item[order], time[order]
     ticks = time // spec.tick
-    order = np.lexsort((ticks, item))
-    item, ticks, time = item[order], ticks[order], time[order]
-    at = keep[order]
-    fresh = first_purchases(data, spec.tick)[at]
-    events = EventColumns.of(catalogue, item, log.event[at], time, log.value[at], log.price[at], fresh)
-    starts = np.flatnonzero(_changes(item, ticks))
-    state = np.empty((len(starts), len(_slots(spec)[0])))
-    column = 0
-    to_end = (ticks + 1) * spec.tick - time
-    for view in spec.keyed(Key.ITEM):
-        ops, half_lives = view.layout
-        x = view.contribute(events)
-        for slot, h in enumerate(half_lives):
-            if h > 0:
-                x[:, slot] *= np.exp2(-to_end / h)
-        state[:, column : column + len(ops)] = _merge(x, starts, ops)
-        column += len(ops)
-    return _table(data.items.ids.take(pa.array(item[starts])), ticks[starts], state)
-
-
-def _table(ids: pa.Array, ticks: Int64, state: Float64) -> pa.Table:
-    return pa.table({"item_id": ids, "tick": ticks, "state": pa.FixedSizeListArray.from_arrays(pa.array(state.ravel()), state.shape[1])})
-
-
-def _changes(item: npt.NDArray[Any], ticks: Int64) -> Bool:
-    """Where a new (item, tick) begins in sorted rows."""
-    if len(item) == 0:
-        return np.zeros(0, bool)
-    return np.asarray(np.r_[True, (item[1:] != item[:-1]) | (ticks[1:] != ticks[:-1])])
-
-
-def _merge(x: Float64, starts: Int64, ops: npt.NDArray[np.int8]) -> Float64:
-    """Rows of each run added up (SUM), or their extremes; a NaN adds nothing."""
-    out = np.empty((len(starts), len(ops)))
-    if len(starts) == 0:
-        return out
-    for slot, op in enumerate(ops):
-        if op == Op.SUM:
-            out[:, slot] = np.add.reduceat(np.nan_to_num(x[:, slot]), starts)
-        else:
-            assert op in (Op.MAX, Op.MIN), f"{Op(op).name} slots do not merge; item views use SUM, MAX and MIN"
-            out[:, slot] = (np.fmax if op == Op.MAX else np.fmin).reduceat(x[:, slot], starts)
-    return out
+    new = np.r_[True, (item[1:] != item[:-1]) | (ticks[1:] != ticks[:-1])][: len(item)]
+    pair, first = np.cumsum(new) - 1, np.flatnonzero(new)
+    event, value, price, fresh = (table[name].to_numpy() for name in ("event", "value", "price", "fresh"))
+    state, last = initial(ops, len(first))
+    for start in range(0, len(order), CHUNK) if len(ops) else ():
+        rows, part = order[start : start + CHUNK], slice(start, start + CHUNK)
+        events = EventColumns.of(catalogue, item[part], event[rows], time[part], value[rows], price[rows], fresh[rows])
+        x = [view.contribute(events) for view in spec.keyed(Key.ITEM)]
+        fold(pair[part], time[part], np.concatenate(x, axis=1), ops, half_lives, state, last)
+    item, ticks = item[first], ticks[first]
+    to_end = (ticks + 1) * spec.tick - last
+    for half_life in set(half_lives[half_lives > 0].tolist()):
+        state[:, half_lives == half_life] *= decay(to_end, half_life)[:, None]
+    return item, ticks, state
 
 
 @dataclass(frozen=True, eq=False)
 class ItemTimeline:
-    """The folded states of all items at the end of every tick in which something happened to them."""
+    """The folded states of all items at the end of every tick in which something happened to them: 8 * (W + 1) bytes per pair."""
 
     spec: FeatureSpec
     catalogue: Catalogue
@@ -108,27 +106,44 @@ class ItemTimeline:
     @staticmethod
     def of(tables: Sequence[pa.Table], spec: FeatureSpec, catalogue: Catalogue) -> ItemTimeline:
         """From partials of disjoint sets of users; items that the catalogue does not know are left out."""
-        table = pa.concat_tables(tables)
-        ops, half_lives = _slots(spec)
-        width = len(ops)
-        item = catalogue.items.encode(table["item_id"])
-        ticks = np.asarray(table["tick"], dtype=np.int64)
-        flat = table["state"].combine_chunks()
-        part = np.asarray(flat.flatten(), dtype=np.float64).reshape(-1, width) if width else np.empty((len(item), 0))
-        keep = np.flatnonzero(item >= 0)
-        order = keep[np.lexsort((ticks[keep], item[keep]))]
-        item, ticks, part = item[order], ticks[order], part[order]
-        starts = np.flatnonzero(_changes(item, ticks))
-        merged = _merge(part, starts, ops)
-        item, ticks = item[starts], ticks[starts]
-        state = trace(item.astype(np.int64), (ticks + 1) * spec.tick, merged, ops, half_lives)
+        item, ticks, added = _folded(pa.concat_tables(tables), spec, catalogue)
+        state = trace(item.astype(np.int64), (ticks + 1) * spec.tick, added, *_slots(spec))
         return ItemTimeline(spec, catalogue, np.searchsorted(item, np.arange(len(catalogue) + 1)).astype(np.int64), ticks, state)
 
     @staticmethod
     def from_data(data: Dataset, spec: FeatureSpec) -> ItemTimeline:
         """The timeline of a whole data set at once."""
-        catalogue = Catalogue.of(data)
-        return ItemTimeline.of([partials(data, spec, catalogue)], spec, catalogue)
+        return ItemTimeline.of([partials(data, spec)], spec, Catalogue.of(data))
+
+    def table(self) -> pa.Table:
+        """As rows to store: item_id (dictionary), tick int64, state double[W] where there are slots; ``joined`` is the inverse."""
+        codes = np.repeat(np.arange(len(self.catalogue), dtype=np.int32), np.diff(self.offsets))
+        columns = {"item_id": pa.DictionaryArray.from_arrays(pa.array(codes), self.catalogue.items.ids), "tick": pa.array(self.ticks)}
+        if width := self.state.shape[1]:
+            columns["state"] = pa.FixedSizeListArray.from_arrays(pa.array(self.state.ravel()), width)
+        return pa.table(columns)
+
+    @staticmethod
+    def joined(tables: Sequence[pa.Table], spec: FeatureSpec, catalogue: Catalogue) -> ItemTimeline:
+        """The timeline of the items of all tables, each item in one of them; ``ArtifactError`` if they do not fit spec and catalogue."""
+        width = len(_slots(spec)[0])
+        for table in tables:
+            found = table.schema.field("state").type.list_size if "state" in table.column_names else 0
+            if found != width:
+                raise ArtifactError(
+                    f"an item timeline of {found} slots does not fit the feature spec ({width} slots); build the features again"
+                )
+        codes = [_codes(table, catalogue) for table in tables]
+        sizes = np.bincount(np.concatenate([np.empty(0, np.int32), *codes]), minlength=len(catalogue))
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        ticks, state = np.empty(offsets[-1], np.int64), np.empty((offsets[-1], width))
+        for table, code in zip(tables, codes, strict=True):
+            runs = np.flatnonzero(np.diff(code, prepend=-1))  # an item's rows lie together
+            place = np.arange(len(code)) + np.repeat(offsets[code[runs]] - runs, np.diff(runs, append=len(code)))
+            ticks[place] = np.asarray(table["tick"])
+            if width:
+                state[place] = np.asarray(table["state"].combine_chunks().flatten()).reshape(-1, width)
+        return ItemTimeline(spec, catalogue, offsets, ticks, state)
 
     def closed(self, now: Int64) -> Int64:
         """The last tick that is closed at each time."""
@@ -175,24 +190,15 @@ class ItemTimeline:
             low = np.where(before, middle + 1, low)
             high = np.where(open_ & ~before, middle, high)
 
-    def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """Arrays to store; ``from_tensors`` is the inverse."""
-        return {"offsets": self.offsets, "ticks": self.ticks, "state": self.state}
 
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, npt.NDArray[Any]], spec: FeatureSpec, catalogue: Catalogue) -> ItemTimeline:
-        """The timeline again; ``ArtifactError`` if the arrays do not fit the spec or the catalogue."""
-        try:
-            out = ItemTimeline(spec, catalogue, tensors["offsets"], tensors["ticks"], tensors["state"])
-        except KeyError as error:
-            raise ArtifactError(f"an item timeline lacks the array {error}; build the features again") from None
-        width, rows = len(_slots(spec)[0]), len(out.ticks)
-        if out.state.shape != (rows, width) or out.offsets.shape != (len(catalogue) + 1,) or (rows and out.offsets[-1] != rows):
-            raise ArtifactError(
-                f"an item timeline of shape {out.state.shape} over {len(out.offsets) - 1} items does not fit the feature spec "
-                f"({width} slots) and catalogue ({len(catalogue)} items); build the features again"
-            )
-        return out
+def _codes(table: pa.Table, catalogue: Catalogue) -> Int32:
+    """The item code of each stored row; ``ArtifactError`` for an item that the catalogue does not know."""
+    ids = table["item_id"].combine_chunks()
+    known = catalogue.items.encode(ids.dictionary)
+    codes = known[np.asarray(ids.indices)]
+    if (codes < 0).any():
+        raise ArtifactError("an item timeline has items that its catalogue does not know; build the features again")
+    return np.asarray(codes)
 
 
 class ItemReader:

@@ -95,7 +95,7 @@ def test_every_item_feature_is_what_a_bundle_of_the_last_closed_tick_holds(made:
         closed = int(timeline.closed(now)[0])
         before = data.before((closed + 1) * SPEC.tick)  # a bundle made at the end of that tick knows nothing else
         assert len(before.log) == 0 or int(before.log.time.max()) < T0 + at
-        stored = StoredItems(ItemTimeline.of([partials(before, SPEC, catalogue)], SPEC, catalogue).read(closed))
+        stored = StoredItems(ItemTimeline.of([partials(before, SPEC)], SPEC, catalogue).read(closed))
         past, live = reader.item_columns(items, now), stored.item_columns(items, now)
         for name in past:
             np.testing.assert_allclose(live[name], past[name], rtol=1e-6, atol=1e-7, err_msg=name)
@@ -107,7 +107,7 @@ def test_partials_of_disjoint_users_merge_to_the_whole(made: list[Happening]) ->
     data = offline(online(made))
     catalogue = Catalogue.of(data)
     whole = ItemTimeline.from_data(data, SPEC)
-    parts = [partials(data.where(data.log.user == user), SPEC, catalogue) for user in range(len(data.users))]
+    parts = [partials(data.where(data.log.user == user), SPEC) for user in range(len(data.users))]
     merged = ItemTimeline.of(parts[::-1], SPEC, catalogue)
     np.testing.assert_array_equal(merged.ticks, whole.ticks)
     np.testing.assert_allclose(merged.state, whole.state, rtol=1e-12, atol=1e-12)

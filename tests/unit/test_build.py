@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from shop import ITEMS, Happening, snapshot
+from shop import ITEMS, T0, Happening, snapshot
 
 from maple.artifacts import Place
+from maple.data.snapshot import events_file
 from maple.errors import ArtifactError
-from maple.features.build import FeatureArtifact, build_local, rows_file
+from maple.features.build import FeatureArtifact, build_bucket, build_local, build_shard, plan, publish, rows_file, ticks_file
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.log_reader import LogReader
@@ -57,6 +59,36 @@ def test_the_timeline_has_the_codes_of_the_data_set(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.state, whole.state, rtol=1e-12)
 
 
+def test_items_that_the_table_lacks_have_features_too_and_nothing_between_the_phases_stays(tmp_path: Path) -> None:
+    happened = [*log(60), *(Happening(f"u{n}", "ghost", "purchase", n * DAY) for n in range(8))]
+    snap = snapshot(tmp_path, happened, rows_per_bucket=20)
+    todo = plan(snap, SPEC, Place.at(tmp_path / "home"))
+    todo = replace(todo, items=todo.items.filter(pa.compute.not_equal(todo.items["item_id"], "ghost")))
+    buckets = [build_bucket(todo, bucket) for bucket in range(snap.num_buckets)]
+    shards = [build_shard(todo, shard) for shard in range(todo.num_shards)]
+    assert [name for made in shards for name in made.items] == ["ghost"]
+    made = publish(todo, Place.at(tmp_path / "home"), [*buckets, *shards])
+    timeline = made.timeline()
+    code = made.catalogue().items.encode(["ghost"])
+    assert timeline.at(code, np.array([T0 // DAY + 30]))["item.buyers.all"] == np.log1p(np.float32(8))
+    assert sorted(child.name for child in made.folder.children()) == [
+        "features.md",
+        "item_ticks",
+        "items.arrow",
+        "manifest.json",
+        "user_events",
+    ]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    snap = snapshot(tmp_path, log(60), rows_per_bucket=20)
+    path = Path(snap.folder.path) / events_file(snap.num_buckets - 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="altered"):
+        build_local(snap, SPEC, Place.at(tmp_path / "home"))
+    assert not (tmp_path / "home" / "features").exists() or list((tmp_path / "home" / "features").iterdir()) == []
+
+
 def test_building_again_finds_the_result_and_another_spec_does_not(tmp_path: Path) -> None:
     snap = snapshot(tmp_path, log(60), rows_per_bucket=50)
     home = Place.at(tmp_path / "home")
@@ -78,7 +110,7 @@ def test_missing_and_damaged_features_are_errors(tmp_path: Path) -> None:
     made = build_local(snapshot(tmp_path, log(60), rows_per_bucket=1000), SPEC, home)
     with pytest.raises(ArtifactError, match=r"unknown features 'nope'"):
         FeatureArtifact.open(home, "nope")
-    for name, read in ((rows_file(0), made.user_events), ("item_ticks.safetensors", made.timeline), ("items.arrow", made.catalogue)):
+    for name, read in ((rows_file(0), made.user_events), (ticks_file(0), made.timeline), ("items.arrow", made.catalogue)):
         path = tmp_path / "home" / "features" / made.name / name
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1

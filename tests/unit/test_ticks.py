@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shop import T0, Happening, offline, online
+from shop import ITEMS, T0, Happening, offline, online
 
-from maple.artifacts import tensor_bytes
+from maple.data.dataset import Vocab, align
 from maple.errors import ArtifactError
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.spec import FeatureSpec
-from maple.features.ticks import ItemReader, ItemTimeline, StoredItems, partials
+from maple.features.ticks import PARTIALS, ItemReader, ItemTimeline, StoredItems, partials
 from maple.hashing import rng
 
 SPEC = FeatureSpec()
@@ -67,20 +67,31 @@ def test_ticks_of_an_hour() -> None:
     np.testing.assert_allclose(seen, [0.0, np.log(2)], rtol=1e-6)
 
 
-def test_tensors_round_trip_and_misfits_are_refused() -> None:
-    import safetensors.numpy
-
+def test_tables_of_shards_join_to_the_whole_and_misfits_are_refused() -> None:
     data = offline(online(random_log()))
-    catalogue = Catalogue.of(data)
-    timeline = ItemTimeline.from_data(data, SPEC)
-    tensors = safetensors.numpy.load(tensor_bytes(timeline.tensors()))
-    again = ItemTimeline.from_tensors(tensors, SPEC, catalogue)
-    for name, column in timeline.read(int(T0 // DAY) + 12).items():
-        np.testing.assert_array_equal(again.read(int(T0 // DAY) + 12)[name], column)
+    whole = ItemTimeline.from_data(data, SPEC)
+    table = partials(data, SPEC)
+    shards = []
+    for names in (["cup", "apple"], ["bread", "dish", "egg"]):
+        catalogue = Catalogue.from_table(Vocab.of(names), align(ITEMS, "item_id", Vocab.of(names)))
+        shards.append(ItemTimeline.of([table], SPEC, catalogue).table())
+    again = ItemTimeline.joined(shards[::-1], SPEC, Catalogue.of(data))
+    for mine, theirs in ((again.offsets, whole.offsets), (again.ticks, whole.ticks), (again.state, whole.state)):
+        np.testing.assert_array_equal(mine, theirs)
     with pytest.raises(ArtifactError, match="does not fit the feature spec"):
-        ItemTimeline.from_tensors(tensors, SPEC.with_(views=["item.trend"]), catalogue)
-    with pytest.raises(ArtifactError, match="lacks the array"):
-        ItemTimeline.from_tensors({}, SPEC, catalogue)
+        ItemTimeline.joined(shards, SPEC.with_(views=["item.trend"]), Catalogue.of(data))
+    with pytest.raises(ArtifactError, match="does not know"):
+        ItemTimeline.joined(shards, SPEC, Catalogue.from_table(Vocab.of(["cup"]), align(ITEMS, "item_id", Vocab.of(["cup"]))))
+
+
+def test_no_item_views_and_no_events_are_timelines_too() -> None:
+    data = offline(online(random_log(20)))
+    bare = SPEC.with_(views=["user.baskets"])
+    found = ItemTimeline.joined([ItemTimeline.from_data(data, bare).table()], bare, Catalogue.of(data))
+    assert found.state.shape == (len(ItemTimeline.from_data(data, SPEC).ticks), 0)
+    empty = ItemTimeline.of([PARTIALS.empty_table()], SPEC, Catalogue.of(data))
+    assert len(ItemTimeline.joined([], SPEC, Catalogue.of(data)).ticks) == len(empty.ticks) == 0
+    assert np.isnan(empty.read(3)["item.conversion.cart"]).all()
 
 
 def test_a_catalogue_that_knows_fewer_items_leaves_the_rest_out() -> None:
