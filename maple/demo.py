@@ -21,7 +21,7 @@ from maple.data.snapshot import Snapshot
 from maple.evaluate.compare import compare, default_metrics
 from maple.evaluate.figures import Trial
 from maple.evaluate.harness import Evaluation
-from maple.evaluate.report import Card, Section, TextBlock, evaluation_sections, render
+from maple.evaluate.report import evaluation_sections
 from maple.evaluate.run_sections import (
     TuningRun,
     examples_section,
@@ -34,6 +34,7 @@ from maple.evaluate.run_sections import (
 from maple.features.spec import FeatureSpec
 from maple.learn import TrainedRun, baseline_of, read_evaluations
 from maple.operate import follow_ledger
+from maple.page import Card, Section, TextBlock, render
 from maple.run import RunConfig, StepResult
 from maple.serve.client import Client
 from maple.serve.load import Load, closed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from maple.evaluate import figures
 from maple.evaluate.figures import Trial
-from maple.evaluate.report import Block, Card, CardsBlock, Cell, FactsBlock, FigureBlock, Section, TableBlock, TextBlock
+from maple.page import Block, Card, CardsBlock, Cell, FactsBlock, FigureBlock, Section, TableBlock, TextBlock
 
 
 def ingest_section(rows_in: int, clean: int, quarantined: Mapping[str, int], *, converted: Mapping[str, int] | None = None) -> Section:

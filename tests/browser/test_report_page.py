@@ -19,7 +19,7 @@ from needs import require
 
 from maple.evaluate.figures import Trial
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate
-from maple.evaluate.report import Card, evaluation_sections, render
+from maple.evaluate.report import evaluation_sections
 from maple.evaluate.run_sections import (
     TuningRun,
     examples_section,
@@ -30,6 +30,7 @@ from maple.evaluate.run_sections import (
     tuning_section,
 )
 from maple.hashing import rng
+from maple.page import Card, render
 
 HOSTILE = "<img src=x onerror=console.error('owned')><script>console.error('owned')</script> & \"quoted\""
 FLAGS = (

@@ -12,18 +12,7 @@ import pytest
 from maple.errors import DataError
 from maple.evaluate import figures
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, Segmentation, evaluate
-from maple.evaluate.report import (
-    Card,
-    CardsBlock,
-    Cell,
-    FactsBlock,
-    FigureBlock,
-    Section,
-    TableBlock,
-    TextBlock,
-    evaluation_sections,
-    render,
-)
+from maple.evaluate.report import evaluation_sections
 from maple.evaluate.run_sections import (
     TuningRun,
     examples_section,
@@ -34,6 +23,7 @@ from maple.evaluate.run_sections import (
     tuning_section,
 )
 from maple.hashing import rng
+from maple.page import Card, CardsBlock, Cell, FactsBlock, FigureBlock, Section, TableBlock, TextBlock, render
 
 HOSTILE = "<script>alert('x')</script>\"' onload=a & $\\bad$ {{ 7*7 }} 日本語 ]]> -->"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
