@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,14 @@ from maple.artifacts import (
     read_file,
     scratch,
     seal,
+    tensors_of,
     write_file,
 )
 from maple.data.dataset import Dataset, Int64, Vocab, align
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, unknown_name
 from maple.features.catalogue import Catalogue
+from maple.features.content import NO_CONTENT, ItemContent
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.ticks import PARTIALS as PARTIALS_SCHEMA
@@ -62,6 +64,11 @@ def partials_file(bucket: int) -> str:
 def ticks_file(shard: int) -> str:
     """Where the timeline of a shard's items lies."""
     return f"item_ticks/shard={shard:05d}.arrow"
+
+
+def content_file(name: str) -> str:
+    """Where the item vectors of a content feature lie, with the state of the encoder that made them."""
+    return f"content/{name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,13 @@ class FeatureArtifact:
         tables = [pa.ipc.open_file(read_file(self.folder, self.manifest, name)).read_all() for name in names]
         return ItemTimeline.joined(tables, self.spec, self.catalogue())
 
+    def content(self) -> dict[str, ItemContent]:
+        """The content features by name, their vectors in the order of the catalogue's item codes."""
+        return {
+            name: ItemContent.from_tensors(plain, tensors_of(read_file(self.folder, self.manifest, content_file(name))))
+            for name, plain in self.manifest.meta.get("content", {}).items()
+        }
+
     def _parquet(self, name: str) -> pa.Table:
         return pq.ParquetFile(pa.BufferReader(read_file(self.folder, self.manifest, name))).read()
 
@@ -240,8 +254,11 @@ def finished(todo: Plan, home: Place) -> FeatureArtifact | None:
     return found
 
 
-def publish(todo: Plan, home: Place, made: Iterable[Made]) -> FeatureArtifact:
-    """Write what all tasks share, remove what was between the phases, seal, and make it the latest."""
+def publish(todo: Plan, home: Place, made: Iterable[Made], content: Mapping[str, ItemContent] = NO_CONTENT) -> FeatureArtifact:
+    """Write what all tasks share, remove what was between the phases, seal, and make it the latest.
+
+    ``content``: vectors by name, in the order of the snapshot's item table; an item that it lacks has none.
+    """
     parts = list(made)
     files = sorted((entry for part in parts for entry in part.files), key=lambda entry: entry.name)
     strange = pa.array([text for part in parts for text in part.items], pa.string())
@@ -249,14 +266,18 @@ def publish(todo: Plan, home: Place, made: Iterable[Made]) -> FeatureArtifact:
     table = align(todo.items, "item_id", ids)
     files.append(write_file(todo.folder, ITEMS_FILE, arrow_bytes(table), table.num_rows))
     files.append(write_file(todo.folder, PAGE_FILE, catalogue_page(todo.spec.all_views).encode()))
+    for name, vectors in content.items():
+        data = vectors.aligned(todo.items["item_id"], ids).to_bytes()
+        files.append(write_file(todo.folder, content_file(name), data, len(ids)))
     (todo.folder / PARTIALS).delete()
     meta = json.loads(json.dumps({"snapshot": todo.snapshot.digest, "spec": todo.spec.plain(), "spec_digest": todo.spec.digest}))
+    meta["content"] = {name: dict(vectors.plain) for name, vectors in content.items()}
     manifest = seal(todo.folder, KIND, meta, files)
     point(home, "features", todo.folder.name)
     return FeatureArtifact(todo.folder, manifest)
 
 
-def build_local(snapshot: Snapshot, spec: FeatureSpec, home: Place) -> FeatureArtifact:
+def build_local(snapshot: Snapshot, spec: FeatureSpec, home: Place, content: Mapping[str, ItemContent] = NO_CONTENT) -> FeatureArtifact:
     """The whole build in this process; the same artifact, digest for digest, as on a cluster."""
     todo = plan(snapshot, spec, home)
     done = finished(todo, home)
@@ -264,4 +285,4 @@ def build_local(snapshot: Snapshot, spec: FeatureSpec, home: Place) -> FeatureAr
         return done
     with scratch(todo.folder):
         made = [build_bucket(todo, bucket) for bucket in range(snapshot.num_buckets)]
-        return publish(todo, home, made + [build_shard(todo, shard) for shard in range(todo.num_shards)])
+        return publish(todo, home, made + [build_shard(todo, shard) for shard in range(todo.num_shards)], content)

@@ -5,7 +5,7 @@ Only plain functions of ``build`` run inside; a task reads and writes its files 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from maple.artifacts import FileEntry, Place, scratch
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, MapleError
 from maple.features.build import FeatureArtifact, Made, Plan, Progress, build_bucket, build_shard, finished, plan, publish
+from maple.features.content import NO_CONTENT, ItemContent
 from maple.features.spec import FeatureSpec
 
 _ROW = pa.schema(
@@ -27,10 +28,17 @@ _ROW = pa.schema(
 )
 
 
-def build(snapshot: Snapshot, spec: FeatureSpec, home: Place, progress: Progress | None = None) -> FeatureArtifact:
+def build(
+    snapshot: Snapshot,
+    spec: FeatureSpec,
+    home: Place,
+    progress: Progress | None = None,
+    content: Mapping[str, ItemContent] = NO_CONTENT,
+) -> FeatureArtifact:
     """Make the features of a snapshot under ``home/features`` and point ``latest`` to them. Ray must be running.
 
-    A task needs memory for one bucket. What was built before from the same snapshot and spec is found, not built again.
+    ``content``: item vectors by name, in the order of the snapshot's item table, as the spec's ``content`` announces. A task needs memory
+    for one bucket. What was built before from the same snapshot and spec is found, not built again.
     """
     say = progress or (lambda line: None)
     todo = plan(snapshot, spec, home)
@@ -42,7 +50,7 @@ def build(snapshot: Snapshot, spec: FeatureSpec, home: Place, progress: Progress
     with scratch(todo.folder):
         shared = ray.put(todo)  # once, not with every task
         rows = _map(shared, build_bucket, "bucket", snapshot.num_buckets)
-        made = publish(todo, home, rows + _map(shared, build_shard, "shard of items", todo.num_shards))
+        made = publish(todo, home, rows + _map(shared, build_shard, "shard of items", todo.num_shards), content)
     say(f"{made.num_rows:,} feature rows in {made.name}")
     return made
 

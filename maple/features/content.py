@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,7 @@ class ItemContent:
         if vectors is None or vectors.ndim != 2 or vectors.dtype != np.float32:
             raise ArtifactError("the content file holds no float32 matrix `vectors`; build the features again")
         return ItemContent(vectors, plain, {name.removeprefix(STATE): array for name, array in arrays.items() if name.startswith(STATE)})
+
+
+#: A catalogue without content features.
+NO_CONTENT: Mapping[str, ItemContent] = MappingProxyType({})
