@@ -19,11 +19,11 @@ from maple.errors import ArtifactError, DataError
 from maple.evaluate import metrics
 from maple.evaluate.bootstrap import bootstrap_means, interval
 from maple.evaluate.metrics import Float64
-from maple.evaluate.relevant import CatalogueStats, Relevant, Segmentation, relevant_of, user_segments
+from maple.evaluate.relevant import CatalogueStats, Relevant, Segmentation, item_strata, relevant_of, user_segments
 
 __all__ = [
     "CatalogueStats", "Evaluation", "EvaluationProtocol", "Recommend", "Relevant", "Segment", "Segmentation",
-    "evaluate", "relevant_of", "user_segments",
+    "evaluate", "item_strata", "relevant_of", "user_segments",
 ]  # fmt: skip
 
 #: Given rows of the test users (positions in ``Relevant.users``, int32[B]), their lists: int32[B, K], best first, -1 pads.
@@ -51,6 +51,7 @@ class EvaluationProtocol:
     bootstrap: int
     counts: Mapping[str, int] = field(default_factory=dict)  # what the window held and what was left out of it
     notes: Mapping[str, str] = field(default_factory=dict)
+    split: Mapping[str, Any] = field(default_factory=dict)  # settings and boundaries of the split, where one was made
 
     def same_question(self, other: EvaluationProtocol) -> list[str]:
         """The fields in which two protocols ask differently; empty means that their users can be paired."""
@@ -60,7 +61,7 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True)
 class Segment:
-    """Means and 95 % intervals over the users of one segment."""
+    """Means and 95 % intervals over the users of one segment; of a stratum of items: over the users who want one, those alone relevant."""
 
     name: str
     label: str
@@ -136,17 +137,21 @@ def evaluate(
     ks: Sequence[int] = (5, 10, 20),
     masked: bool | None = None,
     segments: Mapping[str, Segmentation | Sequence[str] | npt.NDArray[np.str_]] | None = None,
+    strata: Mapping[str, Segmentation] | None = None,
     seed: int = 0,
     bootstrap: int = 1000,
     batch: int = 1024,
     notes: Mapping[str, str] | None = None,
+    split: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Ask for every test user's list in batches of rows and measure: accuracy at every k, diversity, novelty, coverage.
 
     ``recommend`` gives int32[B, K >= max(ks)]. ``masked`` says whether its lists leave out what the user already has (by
-    default: as the relevant items do). ``segments`` has a label per test user. ``progress(done, users)`` is called after each
-    batch. ``DataError`` for lists that are not valid (wrong shape, duplicates, codes outside the catalogue).
+    default: as the relevant items do). ``segments`` has a label per test user, ``strata`` one per item of the catalogue: a
+    stratum's accuracy counts its items alone as relevant. ``split``: how the data was parted, kept with the result.
+    ``progress(done, users)`` is called after each batch. ``DataError`` for lists that are not valid (wrong shape, duplicates,
+    codes outside the catalogue).
     """
     if len(relevant) == 0:
         raise DataError("there is no test user to evaluate on")
@@ -171,14 +176,26 @@ def evaluate(
     means, intervals = _summary(names, values, bootstrap, seed, "evaluate")
     parts: list[Segment] = []
     for name, given in (segments or {}).items():
-        split = Segmentation.of(given)
-        if len(split.codes) != len(relevant):
-            raise DataError(f"segmentation {name!r} labels {len(split.codes)} users, there are {len(relevant)} test users")
-        for code, label in enumerate(split.labels):
-            rows = split.codes == code
+        labelled = Segmentation.of(given)
+        if len(labelled.codes) != len(relevant):
+            raise DataError(f"segmentation {name!r} labels {len(labelled.codes)} users, there are {len(relevant)} test users")
+        for code, label in enumerate(labelled.labels):
+            rows = labelled.codes == code
             if rows.any():
                 part = _summary(names, values[rows], bootstrap, seed, f"evaluate/{name}/{label}")
                 parts.append(Segment(name, label, int(rows.sum()), *part))
+    for name, stratum in (strata or {}).items():
+        if len(stratum.codes) != len(catalogue):
+            raise DataError(f"stratification {name!r} labels {len(stratum.codes)} items, the catalogue has {len(catalogue)}")
+        for code, label in enumerate(stratum.labels):
+            keep = stratum.codes[relevant.items] == code
+            sizes = np.add.reduceat(np.append(keep, False), relevant.offsets[:-1]) * (np.diff(relevant.offsets) > 0)
+            rows = sizes > 0
+            if rows.any():
+                offsets = np.concatenate([[0], np.cumsum(sizes[rows])]).astype(np.int64)
+                own = metrics.ranking_metrics(lists[rows], offsets, relevant.items[keep], ks)
+                columns = np.stack(list(own.values()), axis=1)
+                parts.append(Segment(name, label, int(rows.sum()), *_summary(list(own), columns, bootstrap, seed, f"{name}/{label}")))
     distance = "cosine" if catalogue.vectors is not None else "category" if catalogue.categories is not None else "none"
     protocol = EvaluationProtocol(
         users=len(relevant), pairs=len(relevant.items), ks=tuple(int(k) for k in ks),
@@ -186,6 +203,7 @@ def evaluate(
         start=relevant.start, end=relevant.end, known_before=relevant.known_before,
         catalogue=len(catalogue), diversity=distance, relevant=relevant.digest,
         seed=seed, bootstrap=bootstrap, counts=dict(relevant.counts), notes=dict(notes or {}),
+        split=dict(split or {}),
     )  # fmt: skip
     return Evaluation(protocol, relevant.users, lists, per_user, means | whole, intervals, tuple(parts))
 

@@ -69,13 +69,25 @@ def relevant_of(data: Dataset, start: int, end: int, *, new_only: bool, known_be
         raise DataError(f"users and items would be known from events up to {known_before}, after the test window starts ({start}): a leak")
     user_known, item_known = known(data, known_before)
     user, item = data.between(start, end).target_pairs()
-    keep_user = np.ones(len(user), bool) if cold_users else user_known[user]
-    keep_item = item_known[item]
     bought = np.zeros(len(user), bool)
     if new_only:
-        width = np.int64(len(data.items))
-        owner, owned = data.before(start).target_pairs()
-        bought = np.isin(user.astype(np.int64) * width + item, owner.astype(np.int64) * width + owned)
+        bought = among((user, item), data.before(start).target_pairs(), len(data.items))
+    found = judged(user, item, np.ones(len(user), bool) if cold_users else user_known[user], item_known[item], bought)
+    if len(found) == 0:
+        why = ", ".join(f"{name} {count}" for name, count in found.counts.items())
+        raise DataError(f"no test user is left between {start} and {end} ({why}); choose an earlier cut or check which events are targets")
+    return replace(found, start=start, end=end, known_before=known_before, new_only=new_only)
+
+
+def among(pairs: tuple[Int32, Int32], others: tuple[Int32, Int32], num_items: int) -> Bool:
+    """Which (user, item) pairs are among others, bool[N]."""
+    width = np.int64(num_items)
+    own, other = (user.astype(np.int64) * width + item for user, item in (pairs, others))
+    return np.isin(own, other)
+
+
+def judged(user: Int32, item: Int32, keep_user: Bool, keep_item: Bool, bought: Bool) -> Relevant:
+    """The relevant items of distinct pairs sorted by user: those whose user and item are kept and that are not bought; with counts."""
     keep = keep_user & keep_item & ~bought
     users, sizes = np.unique(user[keep], return_counts=True)
     in_window = np.unique(user)
@@ -92,11 +104,8 @@ def relevant_of(data: Dataset, start: int, end: int, *, new_only: bool, known_be
         "users_left_empty": len(in_window) - unknown - len(users),
         "cold_items": len(np.unique(item[~keep_item])),
     }
-    if len(users) == 0:
-        why = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise DataError(f"no test user is left between {start} and {end} ({why}); choose an earlier cut or check which events are targets")
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Relevant(users.astype(np.int32), offsets, item[keep].astype(np.int32), start, end, known_before, new_only, counts)
+    return Relevant(users.astype(np.int32), offsets, item[keep].astype(np.int32), counts=counts)
 
 
 def known(data: Dataset, before: int) -> tuple[Bool, Bool]:
@@ -171,3 +180,12 @@ def user_segments(data: Dataset, users: Int32, before: int, *, cold_below: int =
         "activity": Segmentation(("light", "medium", "heavy"), ((size > light).astype(np.int32) + (size > medium)).astype(np.int32)),
         "history": Segmentation(("cold", "warm"), (size >= cold_below).astype(np.int32)),
     }
+
+
+def item_strata(data: Dataset, before: int, *, cold_below: int = 10) -> dict[str, Segmentation]:
+    """The standard stratification of the catalogue by distinct users who showed interest strictly before a time: cold (fewer than
+    ``cold_below``), warm. Items that nobody knew are counted (``cold_items``) and not asked for."""
+    early = interest(data) & (data.log.time < before)
+    pairs = np.unique(data.log.user[early].astype(np.int64) * len(data.items) + data.log.item[early])
+    count = np.bincount(pairs % len(data.items), minlength=len(data.items))
+    return {"items": Segmentation(("cold", "warm"), (count >= cold_below).astype(np.int32))}

@@ -63,7 +63,7 @@ class PartSettings(Section):
 class ContentSettings(Section):
     """One content feature: ``{encoder: ..., columns: ..., dim: 16}``, or several encoders under ``parts`` whose vectors are fused."""
 
-    parts: tuple[PartSettings, ...] = Field(default=(PartSettings(),), min_length=1)
+    parts: tuple[PartSettings, ...] = Field(default_factory=lambda: (PartSettings(),), min_length=1)
     dim: int = Field(default=16, ge=1, le=1024)
     """Columns of the feature, at most; wider vectors are projected on their principal axes."""
 
