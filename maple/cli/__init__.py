@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -84,12 +85,14 @@ def features_build(config_path: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @features.command("list")
-def features_list() -> None:
-    """All feature views: name, meaning, unit, half-lives (Markdown)."""
+@click.option("--format", "form", type=click.Choice(["markdown", "json"]), default="markdown", show_default=True)
+def features_list(form: str) -> None:
+    """All features: name, meaning, shape, unit, half-life, key and clock."""
+    from maple.features.page import listing, markdown, plain
     from maple.features.spec import FeatureSpec
-    from maple.features.views import catalogue
 
-    click.echo(catalogue(FeatureSpec().all_views))
+    groups = listing(FeatureSpec())
+    click.echo(json.dumps(plain(groups), indent=1) if form == "json" else markdown(groups))
 
 
 @cli.command()

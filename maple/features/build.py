@@ -38,10 +38,10 @@ from maple.errors import ArtifactError, unknown_name
 from maple.features.catalogue import Catalogue
 from maple.features.content import NO_CONTENT, ItemContent
 from maple.features.log_reader import LogReader
+from maple.features.page import listing, markdown
 from maple.features.spec import FeatureSpec
 from maple.features.ticks import PARTIALS as PARTIALS_SCHEMA
 from maple.features.ticks import ItemTimeline, partials
-from maple.features.views import catalogue as catalogue_page
 from maple.hashing import mix64, stable_hash
 from maple.schema import EVENT_TYPES, TIMESTAMP
 
@@ -265,7 +265,7 @@ def publish(todo: Plan, home: Place, made: Iterable[Made], content: Mapping[str,
     ids = Vocab.of(pa.chunked_array([*todo.items["item_id"].cast(pa.string()).chunks, strange]))
     table = align(todo.items, "item_id", ids)
     files.append(write_file(todo.folder, ITEMS_FILE, arrow_bytes(table), table.num_rows))
-    files.append(write_file(todo.folder, PAGE_FILE, catalogue_page(todo.spec.all_views).encode()))
+    files.append(write_file(todo.folder, PAGE_FILE, markdown(listing(todo.spec)).encode()))
     for name, vectors in content.items():
         data = vectors.aligned(todo.items["item_id"], ids).to_bytes()
         files.append(write_file(todo.folder, content_file(name), data, len(ids)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
@@ -170,6 +172,14 @@ def _percentiles_among(category: Int32, value: Float64, own_category: Int32, own
     return out
 
 
+class Mark(StrEnum):
+    """What an event may know of its user's earlier events; see ``marks``."""
+
+    FIRST_BOUGHT = "first_bought"  # when the user first bought the item, microseconds; this event counts; NaN if never
+    IN_CATEGORY = "in_category"  # the user's events in the item's category, decayed by the longest half-life; this event counts
+    WITH_BRAND = "with_brand"  # the same of the item's brand
+
+
 @dataclass(frozen=True, eq=False)
 class EventColumns:
     """N events as views see them. ``value`` and ``price`` NaN where missing; a missing price is the catalogue's."""
@@ -179,6 +189,7 @@ class EventColumns:
     value: Float64
     price: Float64
     fresh: Bool | None = None  # first purchase of this item by this user in this tick; item views only
+    marks: Mapping[Mark, Float64] = field(default_factory=dict)  # float64[N] each; those that the views of the user ask for
 
     @staticmethod
     def of(

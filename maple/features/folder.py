@@ -7,18 +7,17 @@ and a checksum; ``unpack`` gives None for anything that is not exactly what was 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
-from maple.data.dataset import Float32, Int8, Int64
-from maple.features.catalogue import Catalogue, EventColumns
+from maple.data.dataset import Float32, Int8, Int32, Int64
+from maple.features.catalogue import Catalogue, EventColumns, Mark
 from maple.features.fold import Float64, fold
 from maple.features.spec import FeatureSpec
-from maple.features.states import KEYED, Keyed, StateLayout, UserState, empty_state, group_codes, group_total
+from maple.features.states import KEYED, Keyed, StateLayout, UserState, empty_state, group_codes
 from maple.features.view import Key
 
 
@@ -58,31 +57,32 @@ class Folder:
 
     def advance(self, states: Sequence[UserState], new: Rows) -> list[UserState]:
         """The states after further events; user u's new events are all later than ``states[u].tail``."""
-        codes = self.catalogue.items.encode(new.items)
-        events = EventColumns.of(self.catalogue, codes, new.events, new.times, new.values, new.prices)
-        columns = self.catalogue.take(codes)
+        items = self.catalogue.items.encode(new.items)
+        codes = group_codes(items, self.catalogue.take(items))
+        events = EventColumns.of(self.catalogue, items, new.events, new.times, new.values, new.prices)
         user = np.repeat(np.arange(len(states)), np.diff(new.offsets))
-        parts = {view: view.contribute(events) for views in self.layout.parts.values() for view in views}
-        totals = [group_total(view.key, group_codes(view.key, codes, columns), parts[view]) for view in self.layout.totals]
         keyed: dict[Key, list[Keyed]] = {}
-        for key, views in self.layout.parts.items():
-            pieces = [parts[view] for view in views] + (totals if key == Key.USER else [])
-            x = np.concatenate(pieces, axis=1) if pieces else np.empty((len(new), 0))
-            names = [""] * len(new) if key == Key.USER else self._names(key, new, codes)
-            keyed[key] = self._fold(key, [state.keyed[key] for state in states], user, names, new.times, x)
+        marks: dict[Mark, Float64] = {}
+        for key in (*KEYED, Key.USER):  # what is kept below the user marks the events for the views of the user
+            names = self._names(key, new, codes)
+            x = self.layout.contributions(key, replace(events, marks=marks), codes)
+            keyed[key], seen = self._fold(key, [state.keyed[key] for state in states], user, names, new.times, x)
+            marks |= {mark: seen[:, column] for column, mark in enumerate(self.layout.marks[key])}
         return [self._user(state, u, new, {key: kept[u] for key, kept in keyed.items()}) for u, state in enumerate(states)]
 
-    def _names(self, key: Key, new: Rows, codes: npt.NDArray[np.int32]) -> Sequence[str | None]:
+    def _names(self, key: Key, new: Rows, codes: Mapping[Key, Int32]) -> Sequence[str | None]:
         """The string id of each event's group; None where it has none. An item that the catalogue does not know has its own id only."""
+        if key == Key.USER:
+            return [""] * len(new)
         if key == Key.USER_ITEM:
             return new.items
-        group = group_codes(key, codes, self.catalogue.take(codes))
         names = self._labels[key]
-        return [names[code] for code in group.tolist()]
+        return [names[code] for code in codes[key].tolist()]
 
     def _fold(
         self, key: Key, held: Sequence[Keyed], user: Int64, names: Sequence[str | None], times: Int64, x: Float64
-    ) -> list[Keyed]:  # fmt: skip
+    ) -> tuple[list[Keyed], Float64]:
+        """The states of a key after the events, and the slots of its marks right after each event, float64[N, marks]; NaN without a key."""
         index: list[dict[str, int]] = [dict(part.index) for part in held]
         local = np.empty(len(user), np.int64)
         for n, (u, name) in enumerate(zip(user.tolist(), names, strict=True)):
@@ -97,9 +97,12 @@ class Folder:
             state[start : start + len(part.ids)] = part.state
             last[start : start + len(part.ids)] = part.last
         known = local >= 0
-        fold((starts[user] + local)[known], times[known], x[known], *self.layout.folds[key], state, last)
+        watched = self.layout.mark_places[key]
+        seen = np.full((len(user), len(watched)), np.nan)
+        seen[known] = fold((starts[user] + local)[known], times[known], x[known], *self.layout.folds[key], state, last, watched)
         # copies, so that a state kept in memory does not keep the whole batch
-        return [Keyed(tuple(rows), state[a:b].copy(), last[a:b].copy()) for rows, a, b in zip(index, starts, starts[1:], strict=False)]
+        kept = [Keyed(tuple(rows), state[a:b].copy(), last[a:b].copy()) for rows, a, b in zip(index, starts, starts[1:], strict=False)]
+        return kept, seen
 
     def _user(self, old: UserState, u: int, new: Rows, keyed: dict[Key, Keyed]) -> UserState:
         a, b = int(new.offsets[u]), int(new.offsets[u + 1])

@@ -12,7 +12,7 @@ import numpy as np
 from maple.features.catalogue import EventColumns
 from maple.features.fold import DAY, NEVER, Float64, Op, Slot
 from maple.features.user_views import COUNTED, all_of
-from maple.features.view import Entity, Key, ReadContext, View, days, per, put, spread
+from maple.features.view import Entity, Feature, Key, ReadContext, View, days, per, put, spread
 
 
 class ItemView(View):
@@ -31,8 +31,8 @@ class ItemActivity(ItemView):
         return tuple(Slot(Op.SUM, half_life) for half_life in self.half_lives for _ in COUNTED)
 
     @property
-    def features(self) -> Mapping[str, str]:
-        return {f"{kind}_{days(h)}": f"log(1 + {kind} events, half-life {days(h)})" for h in self.half_lives for kind in COUNTED}
+    def features(self) -> Mapping[str, Feature]:
+        return {f"{kind}_{days(h)}": Feature(f"{kind} events", "log(1 + events)", h) for h in self.half_lives for kind in COUNTED}
 
     def contribute(self, events: EventColumns) -> Float64:
         kinds = [events.is_(kind) for kind in COUNTED]
@@ -50,10 +50,12 @@ class Conversion(ItemView):
     def slots(self) -> tuple[Slot, ...]:
         return tuple(Slot(Op.SUM, self.long) for _ in range(3))
 
-    features = {  # noqa: RUF012
-        "purchase": "log((purchases + 1) / (views and clicks + 20)); missing where the item was never looked at",
-        "cart": "log((carts + 1) / (views and clicks + 20)); missing where the item was never looked at",
-    }
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        return {
+            "purchase": Feature("(purchases + 1) / (views and clicks + 20); missing where it was never looked at", "log(ratio)", self.long),
+            "cart": Feature("(carts + 1) / (views and clicks + 20); missing where it was never looked at", "log(ratio)", self.long),
+        }
 
     def contribute(self, events: EventColumns) -> Float64:
         return put(events, (events.is_("view", "click"), 1.0), (events.is_("purchase"), 1.0), (events.is_("add_to_cart"), 1.0))
@@ -71,11 +73,13 @@ class ItemPrice(ItemView):
     def slots(self) -> tuple[Slot, ...]:
         return (Slot(Op.SUM, self.long), Slot(Op.SUM, self.long))
 
-    features = {  # noqa: RUF012
-        "paid": "mean log(1 + unit price) paid, recent purchases more; the catalogue's price where nothing was bought",
-        "percentile": "place of the catalogue price in its category, 0 to 1",
-        "relative": "log(1 + catalogue price) minus the mean paid: below 0 is cheaper than usual",
-    }
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        return {
+            "paid": Feature("mean unit price paid, recent more; the catalogue's where nothing was bought", "log(1 + money)", self.long),
+            "percentile": Feature("place of the catalogue price in its category", "share, 0 to 1"),
+            "relative": Feature("catalogue price minus the mean paid: below 0 is cheaper than usual", "log(1 + money)", self.long),
+        }
 
     def contribute(self, events: EventColumns) -> Float64:
         price = np.log1p(np.maximum(events.price, 0.0))
@@ -94,9 +98,9 @@ class ItemAge(ItemView):
     doc = "How new the item is and when it last sold."
     slots = (Slot(Op.MIN), Slot(Op.MAX), Slot(Op.MAX))
     features = {  # noqa: RUF012
-        "age": "log(1 + days since the item came into the catalogue, or was first seen where that is unknown)",
-        "seen": "log(1 + days since the last event)",
-        "sold": "log(1 + days since the last purchase)",
+        "age": Feature("time since the item came into the catalogue, or was first seen where that is unknown", "log(1 + days)"),
+        "seen": Feature("time since the last event", "log(1 + days)"),
+        "sold": Feature("time since the last purchase", "log(1 + days)"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -114,7 +118,7 @@ class ItemReturns(ItemView):
     name = "returns"
     doc = "How often the item is sent back."
     slots = (Slot(Op.SUM), Slot(Op.SUM))
-    features = {"rate": "returned lines / (bought + returned lines + 10)"}  # noqa: RUF012
+    features = {"rate": Feature("returned lines / (bought + returned lines + 10)", "share, 0 to 1")}  # noqa: RUF012
 
     def contribute(self, events: EventColumns) -> Float64:
         return put(events, (events.is_("purchase"), 1.0), (events.is_("return"), 1.0))
@@ -132,9 +136,9 @@ class Trend(ItemView):
         return (Slot(Op.SUM, self.short), Slot(Op.SUM, self.long), Slot(Op.SUM, self.short), Slot(Op.SUM, self.long))
 
     @property
-    def features(self) -> Mapping[str, str]:
-        text = f"log ratio of the daily rate over {days(self.short)} to that over {days(self.long)}, 0.1 a day added to both"
-        return {"purchases": f"purchases: {text}", "events": f"all events: {text}"}
+    def features(self) -> Mapping[str, Feature]:
+        text = f"daily rate of late over the rate over half-life {days(self.long)}, 0.1 a day added to both"
+        return {kind: Feature(f"{kind}: {text}", "log(ratio)", self.short) for kind in ("purchases", "events")}
 
     def contribute(self, events: EventColumns) -> Float64:
         bought, every = events.is_("purchase"), all_of(events)
@@ -158,11 +162,11 @@ class Buyers(ItemView):
         return (Slot(Op.SUM, self.long), Slot(Op.SUM), Slot(Op.SUM))
 
     @property
-    def features(self) -> Mapping[str, str]:
+    def features(self) -> Mapping[str, Feature]:
         return {
-            "recent": f"log(1 + distinct buyers per tick, summed with half-life {days(self.long)})",
-            "all": "log(1 + distinct buyers per tick, summed)",
-            "lines": "log(purchase lines per distinct buyer and tick)",
+            "recent": Feature("distinct buyers per tick, added up", "log(1 + buyers)", self.long),
+            "all": Feature("distinct buyers per tick, added up", "log(1 + buyers)"),
+            "lines": Feature("purchase lines per distinct buyer and tick", "log(lines)"),
         }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -180,9 +184,9 @@ class ItemRatings(ItemView):
     doc = "How the item is rated."
     slots = (Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM))
     features = {  # noqa: RUF012
-        "count": "log(1 + ratings)",
-        "mean": "mean rating, in the units of the data",
-        "std": "standard deviation of the ratings",
+        "count": Feature("ratings", "log(1 + ratings)"),
+        "mean": Feature("mean rating", "as in the data"),
+        "std": Feature("standard deviation of the ratings", "as in the data"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:

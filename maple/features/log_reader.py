@@ -17,6 +17,7 @@ import numpy.typing as npt
 from maple.data.dataset import Dataset, Float32, Int8, Int32, Int64
 from maple.features.catalogue import Catalogue, EventColumns
 from maple.features.fold import Float64, scan
+from maple.features.marks import marked
 from maple.features.spec import FeatureSpec
 from maple.features.states import group_codes, group_total
 from maple.features.view import Entity, Key, ReadContext, View
@@ -45,7 +46,7 @@ class LogReader:
         part = self._select(users)
         user = np.asarray(users, np.int64)
         rows = np.repeat(np.arange(len(users)), np.diff(offsets))
-        columns, own = self.catalogue.take(part.item), self.catalogue.take(items)
+        own = self.catalogue.take(items)
         moment = now[rows]
         out: dict[str, Float32] = {}
         groups: dict[Key, tuple[_Part, Int64, Int64, Int64]] = {}
@@ -54,9 +55,9 @@ class LogReader:
                 state, last = part.scan(view, part.user, user, now)
                 out |= view.columns(ReadContext(view.layout[1], state[rows], last[rows], moment, item=own))
                 continue
-            codes = group_codes(view.key, part.item, columns)
+            codes = part.codes[view.key]
             if view.key not in groups:
-                groups[view.key] = self._group(part, codes, user[rows], group_codes(view.key, items, own), rows)
+                groups[view.key] = self._group(part, codes, user[rows], group_codes(items, own)[view.key], rows)
             keyed, group, asked, back = groups[view.key]
             # only requests whose key has events are scanned, each once; the last row of the result stands for the others
             found, found_last = keyed.scan(view, group, asked[0], now[asked[1]])
@@ -115,6 +116,11 @@ class _Part:
     def columns(self) -> EventColumns:
         return EventColumns.of(self.catalogue, self.item, self.event, self.time, self.value, self.price)
 
+    @cached_property
+    def codes(self) -> dict[Key, Int32]:
+        """What keyed views group the events by."""
+        return group_codes(self.item, self.catalogue.take(self.item))
+
     def take(self, rows: npt.NDArray[Any]) -> _Part:
         return _Part(
             self.catalogue, self.user[rows], self.item[rows], self.event[rows], self.time[rows], self.value[rows], self.price[rows]
@@ -122,9 +128,10 @@ class _Part:
 
     def scan(self, view: View, group: Int64, asked: Int64, now: Int64, codes: Int32 | None = None) -> tuple[Float64, Int64]:
         """The view's state for each request (asked group, now); with ``codes`` the fold of a total."""
-        x = view.contribute(self.columns)
+        events = marked(self.columns, view.marks, self.user, self.codes, view.long) if view.marks else self.columns
+        x = view.contribute(events)
         if codes is not None:
-            x = group_total(view.key, codes, x)
+            x = group_total(codes, x)
         order = np.lexsort((now, asked))
         state, last = scan(group, self.time, x, asked[order], now[order], *view.layout)
         back = np.empty(len(order), np.int64)

@@ -17,7 +17,7 @@ from maple.features.views import VIEW_IDS
 from maple.hashing import combine
 
 #: Raise when the meaning of a contribution or of the fold changes: stored states are then folded again from the log.
-FOLD_VERSION = 1
+FOLD_VERSION = 2
 
 #: Numbers of the moment of a request, for every candidate.
 CONTEXT_FEATURES: tuple[str, ...] = ("context.hour_cos", "context.hour_sin", "context.weekday_cos", "context.weekday_sin")

@@ -16,8 +16,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from maple.data.dataset import Float32, Int8, Int32, Int64
-from maple.features.catalogue import Catalogue, ItemColumns
+from maple.features.catalogue import Catalogue, EventColumns, ItemColumns, Mark
 from maple.features.fold import DAY, NEVER, Float64, Slot, initial, layout
+from maple.features.marks import MARK_KEYS, mark_contribution, mark_slot
 from maple.features.spec import CONTEXT_FEATURES, FeatureSpec
 from maple.features.user_views import MONDAY, WEEK, angle
 from maple.features.view import Entity, Key, ReadContext, View
@@ -59,11 +60,15 @@ class UserState:
 
 
 class StateLayout:
-    """Where each view's slots lie in the fused state of its key; totals of keyed views lie in the user's."""
+    """Where each view's slots lie in the fused state of its key; totals of keyed views lie in the user's, marks behind the keyed views."""
 
     def __init__(self, spec: FeatureSpec) -> None:
+        self.half_life = spec.half_lives[-1]
         self.parts: dict[Key, tuple[View, ...]] = {Key.USER: spec.keyed(Key.USER), **{key: spec.keyed(key) for key in KEYED}}
         self.totals = tuple(view for key in KEYED for view in spec.keyed(key) if view.uses_total)
+        wanted = {mark for view in self.parts[Key.USER] for mark in view.marks}
+        self.marks: dict[Key, tuple[Mark, ...]] = {key: tuple(m for m in Mark if m in wanted and MARK_KEYS[m] == key) for key in self.parts}
+        self.mark_places: dict[Key, tuple[int, ...]] = {}
         self.places: dict[View, slice] = {}
         self.total_places: dict[View, slice] = {}
         self.folds: dict[Key, tuple[Int8, Float64]] = {}
@@ -76,7 +81,17 @@ class StateLayout:
                 for view in self.totals:
                     self.total_places[view] = slice(len(slots), len(slots) + len(view.slots))
                     slots += view.slots
+            self.mark_places[key] = tuple(range(len(slots), len(slots) + len(self.marks[key])))
+            slots += [mark_slot(mark, self.half_life) for mark in self.marks[key]]
             self.folds[key] = layout(slots)
+
+    def contributions(self, key: Key, events: EventColumns, codes: Mapping[Key, Int32]) -> Float64:
+        """What N events put into the fused state of a key, float64[N, W]. ``codes``: their item, category and brand, -1 = none."""
+        parts = [view.contribute(events) for view in self.parts[key]]
+        if key == Key.USER:
+            parts += [group_total(codes[view.key], view.contribute(events)) for view in self.totals]
+        parts += [mark_contribution(mark, events)[:, None] for mark in self.marks[key]]
+        return np.concatenate(parts, axis=1) if parts else np.empty((len(events), 0))
 
     def empty(self, key: Key, rows: int) -> tuple[Float64, Int64]:
         """States of keys without events."""
@@ -90,12 +105,12 @@ def empty_state(user: str, layout_: StateLayout) -> UserState:
     return UserState(user, (), np.empty(0, np.int8), np.empty(0, np.int64), none, none, 0, (NEVER, ""), keyed)
 
 
-def group_codes(key: Key, items: Int32, columns: ItemColumns) -> Int32:
-    """The code that a keyed view of the user groups these items by; -1 = none."""
-    return {Key.USER_ITEM: items, Key.USER_CATEGORY: columns.category, Key.USER_BRAND: columns.brand}[key]
+def group_codes(items: Int32, columns: ItemColumns) -> dict[Key, Int32]:
+    """The codes that keyed views of the user group these items by; -1 = none."""
+    return {Key.USER_ITEM: items, Key.USER_CATEGORY: columns.category, Key.USER_BRAND: columns.brand}
 
 
-def group_total(key: Key, codes: Int32, x: Float64) -> Float64:
+def group_total(codes: Int32, x: Float64) -> Float64:
     """Contributions to a keyed view's total: what has no key adds nothing. A copy."""
     return np.where((codes >= 0)[:, None], x, np.nan)
 
@@ -168,7 +183,7 @@ class StateReader:
                 out |= view.columns(ReadContext(half_lives, user_state[:, place][rows], last_of_user, moment, item=own))
                 continue
             if view.key not in matched:
-                matched[view.key] = self._match(view.key, users, rows, group_codes(view.key, items, own))
+                matched[view.key] = self._match(view.key, users, rows, group_codes(items, own)[view.key])
             state, last = matched[view.key]
             total = total_last = None
             if view.uses_total:

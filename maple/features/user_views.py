@@ -1,19 +1,22 @@
-"""The views of a user and of a user with an item: folds over the user's own events, exact to the event."""
+"""The views of a user: folds over the user's own events, exact to the event."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
 from maple.data.dataset import Bool, Int64
-from maple.features.catalogue import EventColumns
+from maple.features.catalogue import EventColumns, Mark
 from maple.features.fold import DAY, Float64, Op, Slot
-from maple.features.view import Entity, Key, ReadContext, View, days, per, put, spread
+from maple.features.view import Entity, Feature, Key, ReadContext, View, days, per, put, spread
 
 COUNTED = ("view", "click", "add_to_cart", "purchase", "rating", "return")
 WEEK = 7 * DAY
 MONDAY = 4 * DAY  # 1970-01-05 was a Monday
+MINUTES = 1440  # of a day
+SESSION_GAP = 30 / MINUTES  # days; a longer pause ends a session
 
 
 def all_of(events: EventColumns) -> Bool:
@@ -42,8 +45,8 @@ class Activity(UserView):
         return tuple(Slot(Op.SUM, half_life) for half_life in self.half_lives for _ in COUNTED)
 
     @property
-    def features(self) -> Mapping[str, str]:
-        return {f"{kind}_{days(h)}": f"log(1 + {kind} events, half-life {days(h)})" for h in self.half_lives for kind in COUNTED}
+    def features(self) -> Mapping[str, Feature]:
+        return {f"{kind}_{days(h)}": Feature(f"{kind} events", "log(1 + events)", h) for h in self.half_lives for kind in COUNTED}
 
     def contribute(self, events: EventColumns) -> Float64:
         kinds = [events.is_(kind) for kind in COUNTED]
@@ -58,10 +61,10 @@ class Recency(UserView):
     doc = "How long ago the user was here, looked and bought, and how long they are a customer."
     slots = (Slot(Op.FIRST), Slot(Op.LAST), Slot(Op.LAST), Slot(Op.LAST))
     features = {  # noqa: RUF012  # a constant
-        "tenure": "log(1 + days since the first event)",
-        "any": "log(1 + days since the last event)",
-        "look": "log(1 + days since the last view or click)",
-        "purchase": "log(1 + days since the last purchase)",
+        "tenure": Feature("time since the first event", "log(1 + days)"),
+        "any": Feature("time since the last event", "log(1 + days)"),
+        "look": Feature("time since the last view or click", "log(1 + days)"),
+        "purchase": Feature("time since the last purchase", "log(1 + days)"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -73,15 +76,43 @@ class Recency(UserView):
         return tuple(np.log1p(ctx.days_since(slot)) for slot in range(4))
 
 
+class Sessions(UserView):
+    name = "sessions"
+    doc = "Visits: events without a pause of more than 30 minutes between them."
+    slots = (
+        Slot(Op.SESSIONS, gap=SESSION_GAP), Slot(Op.LAST), Slot(Op.START, gap=SESSION_GAP), Slot(Op.LAST),
+        Slot(Op.INSIDE, gap=SESSION_GAP), Slot(Op.LAST), Slot(Op.SUM), Slot(Op.FIRST),
+    )  # fmt: skip
+    features = {  # noqa: RUF012
+        "count": Feature("sessions", "log(1 + sessions)"),
+        "events": Feature("mean events of a session", "log(1 + events)"),
+        "minutes": Feature("mean length of a session", "log(1 + minutes)"),
+        "start": Feature("time since the last session began", "log(1 + days)"),
+        "gap": Feature("mean time between the beginnings of sessions; missing below two", "log(1 + days)"),
+        "open": Feature("whether a session is going on: its last event is at most 30 minutes ago", "0 or 1"),
+    }
+
+    def contribute(self, events: EventColumns) -> Float64:
+        every, time = all_of(events), events.time
+        return put(events, *((every, time) for _ in range(6)), (every, 1.0), (every, time))
+
+    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
+        count = ctx.value(0)
+        open_ = np.where(count > 0, ctx.days_since(1) <= SESSION_GAP, 0.0)
+        gap = per((ctx.value(2) - ctx.value(7)) / DAY, count - 1)
+        each = (per(ctx.value(6), count), per(ctx.value(4) * MINUTES, count), ctx.days_since(2), gap)
+        return (np.log1p(count), *(np.log1p(value) for value in each), open_)
+
+
 class Baskets(UserView):
     name = "baskets"
     doc = "The rhythm of purchases; a basket is the purchases of one timestamp."
     slots = (Slot(Op.DISTINCT), Slot(Op.LAST), Slot(Op.FIRST), Slot(Op.SUM))
     features = {  # noqa: RUF012
-        "count": "log(1 + baskets)",
-        "size": "log(1 + lines per basket)",
-        "gap": "log(1 + mean days between baskets); missing below two",
-        "due": "log(1 + days since the last basket / mean days between baskets); missing below two",
+        "count": Feature("baskets", "log(1 + baskets)"),
+        "size": Feature("lines per basket", "log(1 + lines)"),
+        "gap": Feature("mean time between baskets; missing below two", "log(1 + days)"),
+        "due": Feature("time since the last basket as a multiple of the mean time between them; missing below two", "log(1 + ratio)"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -94,6 +125,32 @@ class Baskets(UserView):
         return np.log1p(count), np.log1p(per(ctx.value(3), count)), np.log1p(gap), np.log1p(per(ctx.days_since(1), gap))
 
 
+class Repeats(UserView):
+    name = "repeats"
+    doc = "How much of what the user buys they bought before, at an earlier time."
+    marks = (Mark.FIRST_BOUGHT,)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM, self.long), Slot(Op.SUM, self.long))
+
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        return {
+            "rate": Feature("share of the purchase lines whose item was bought before", "share, 0 to 1"),
+            "recent": Feature("the same, recent lines more", "share, 0 to 1", self.long),
+        }
+
+    def contribute(self, events: EventColumns) -> Float64:
+        bought = events.is_("purchase")
+        again = bought & (events.marks[Mark.FIRST_BOUGHT] < events.time)
+        return put(events, (bought, 1.0), (again, 1.0), (bought, 1.0), (again, 1.0))
+
+    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
+        # shares do not depend on the decay to now: both sums shrink alike
+        return per(ctx.value(1), ctx.value(0)), per(ctx.value(3), ctx.value(2))
+
+
 class Spend(UserView):
     name = "spend"
     doc = "What purchase lines cost the user (price times quantity)."
@@ -103,12 +160,12 @@ class Spend(UserView):
         return (Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM, self.long))
 
     @property
-    def features(self) -> Mapping[str, str]:
+    def features(self) -> Mapping[str, Feature]:
         return {
-            "mean": "mean log(1 + amount) of a purchase line",
-            "std": "standard deviation of log(1 + amount)",
-            "total": "log(1 + amount of all purchases)",
-            "recent": f"log(1 + amount, half-life {days(self.long)})",
+            "mean": Feature("mean amount of a purchase line", "log(1 + money)"),
+            "std": Feature("standard deviation of the amount of a purchase line", "log(1 + money)"),
+            "total": Feature("amount of all purchases", "log(1 + money)"),
+            "recent": Feature("amount of the purchases", "log(1 + money)", self.long),
         }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -130,11 +187,13 @@ class PriceLevel(UserView):
     def slots(self) -> tuple[Slot, ...]:
         return tuple(Slot(Op.SUM, self.long) for _ in range(5))
 
-    features = {  # noqa: RUF012
-        "bought": "mean log(1 + unit price) of purchases, recent ones more",
-        "bought_std": "standard deviation of log(1 + unit price) of purchases",
-        "seen": "mean log(1 + unit price) of views, clicks and carts, recent ones more",
-    }
+    @property
+    def features(self) -> Mapping[str, Feature]:
+        return {
+            "bought": Feature("mean unit price of purchases, recent ones more", "log(1 + money)", self.long),
+            "bought_std": Feature("standard deviation of the unit price of purchases", "log(1 + money)", self.long),
+            "seen": Feature("mean unit price of views, clicks and carts, recent ones more", "log(1 + money)", self.long),
+        }
 
     def contribute(self, events: EventColumns) -> Float64:
         price = np.log1p(np.maximum(events.price, 0.0))
@@ -153,11 +212,11 @@ class Rhythm(UserView):
     doc = "At which hour and day the user is active, and whether now is such a moment (UTC)."
     slots = tuple(Slot(Op.SUM) for _ in range(6))
     features = {  # noqa: RUF012
-        "hour_cos": "mean cosine of the hour of day",
-        "hour_sin": "mean sine of the hour of day",
-        "hour_match": "agreement of the hour now with the user's hours, -1 to 1",
-        "weekday_match": "agreement of the weekday now with the user's weekdays, -1 to 1",
-        "weekend": "share of events on Saturday and Sunday",
+        "hour_cos": Feature("mean of the hour of day as a point on a circle", "cosine, -1 to 1"),
+        "hour_sin": Feature("mean of the hour of day as a point on a circle", "sine, -1 to 1"),
+        "hour_match": Feature("agreement of the hour now with the user's hours", "-1 to 1"),
+        "weekday_match": Feature("agreement of the weekday now with the user's weekdays", "-1 to 1"),
+        "weekend": Feature("share of events on Saturday and Sunday", "share, 0 to 1"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -177,7 +236,7 @@ class Returns(UserView):
     name = "returns"
     doc = "How often the user sends things back."
     slots = (Slot(Op.SUM), Slot(Op.SUM))
-    features = {"rate": "returned lines / (bought + returned lines + 5)"}  # noqa: RUF012
+    features = {"rate": Feature("returned lines / (bought + returned lines + 5)", "share, 0 to 1")}  # noqa: RUF012
 
     def contribute(self, events: EventColumns) -> Float64:
         return put(events, (events.is_("purchase"), 1.0), (events.is_("return"), 1.0))
@@ -191,9 +250,9 @@ class Ratings(UserView):
     doc = "How the user rates."
     slots = (Slot(Op.SUM), Slot(Op.SUM), Slot(Op.SUM))
     features = {  # noqa: RUF012
-        "count": "log(1 + ratings)",
-        "mean": "mean rating, in the units of the data",
-        "std": "standard deviation of the ratings",
+        "count": Feature("ratings", "log(1 + ratings)"),
+        "mean": Feature("mean rating", "as in the data"),
+        "std": Feature("standard deviation of the ratings", "as in the data"),
     }
 
     def contribute(self, events: EventColumns) -> Float64:
@@ -205,150 +264,36 @@ class Ratings(UserView):
         return np.log1p(count), per(total, count), spread(count, total, ctx.value(2))
 
 
-# -- a user with an item -----------------------------------------------------------------------------------------------
-
-
-class UserItemView(View):
-    """A view with one state per user and item, and features per user and item."""
-
-    key = Key.USER_ITEM
-    entity = Entity.USER_ITEM
-
-
-class Bought(UserItemView):
-    name = "bought"
-    doc = "How often the user bought the item, and whether it is due again."
-    uses_total = True
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        return (Slot(Op.DISTINCT), Slot(Op.LAST), Slot(Op.FIRST), Slot(Op.SUM, self.long), Slot(Op.SUM))
-
-    @property
-    def features(self) -> Mapping[str, str]:
-        return {
-            "times": "log(1 + baskets with the item)",
-            "share": "share of the user's baskets that have the item, 0 to 1",
-            "recent": f"log(1 + purchases of the item, half-life {days(self.long)})",
-            "quantity": "log(1 + units bought)",
-            "due": "log(1 + days since the last purchase / mean days between purchases of the item); missing below two",
-        }
-
-    def contribute(self, events: EventColumns) -> Float64:
-        bought = events.is_("purchase")
-        return put(events, (bought, events.time), (bought, events.time), (bought, events.time), (bought, 1.0), (bought, events.quantity))
-
-    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
-        times = ctx.value(0)
-        gap = per((ctx.value(1) - ctx.value(2)) / DAY, times - 1)
-        share = np.nan_to_num(per(times, ctx.now_total(0)))
-        return np.log1p(times), share, np.log1p(ctx.now_value(3)), np.log1p(ctx.value(4)), np.log1p(per(ctx.days_since(1), gap))
-
-
-class ItemRecency(UserItemView):
-    name = "recency"
-    doc = "How long ago the user met the item."
-    slots = (Slot(Op.LAST), Slot(Op.LAST), Slot(Op.LAST), Slot(Op.LAST), Slot(Op.FIRST))
-    features = {  # noqa: RUF012
-        "any": "log(1 + days since the last event with the item)",
-        "look": "log(1 + days since the last view or click)",
-        "cart": "log(1 + days since it was last put in the cart)",
-        "purchase": "log(1 + days since the last purchase)",
-        "first": "log(1 + days since the first event with the item)",
-    }
-
-    def contribute(self, events: EventColumns) -> Float64:
-        t, every = events.time, all_of(events)
-        looks, carts, bought = events.is_("view", "click"), events.is_("add_to_cart"), events.is_("purchase")
-        return put(events, (every, t), (looks, t), (carts, t), (bought, t), (every, t))
-
-    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
-        return tuple(np.log1p(ctx.days_since(slot)) for slot in range(5))
-
-
-class Interest(UserItemView):
-    name = "interest"
-    doc = "How much the user looked at the item and what they said of it."
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        return (Slot(Op.SUM, self.short), Slot(Op.SUM, self.long), Slot(Op.SUM, self.long), Slot(Op.SUM), Slot(Op.LAST))
-
-    @property
-    def features(self) -> Mapping[str, str]:
-        return {
-            f"looks_{days(self.short)}": f"log(1 + views and clicks, half-life {days(self.short)})",
-            f"looks_{days(self.long)}": f"log(1 + views and clicks, half-life {days(self.long)})",
-            "carts": f"log(1 + times put in the cart, half-life {days(self.long)})",
-            "returned": "log(1 + times sent back)",
-            "rating": "the user's last rating of the item",
-        }
-
-    def contribute(self, events: EventColumns) -> Float64:
-        looks, rated = events.is_("view", "click"), events.is_("rating") & ~np.isnan(events.value)
-        return put(events, (looks, 1.0), (looks, 1.0), (events.is_("add_to_cart"), 1.0), (events.is_("return"), 1.0), (rated, events.value))
-
-    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
-        return np.log1p(ctx.now_value(0)), np.log1p(ctx.now_value(1)), np.log1p(ctx.now_value(2)), np.log1p(ctx.value(3)), ctx.value(4)
-
-
-class CategoryAffinity(View):
+class CategoryTaste(UserView):
     name = "category"
-    doc = "How much of what the user does is in the item's category."
-    key = Key.USER_CATEGORY
-    entity = Entity.USER_ITEM
-    uses_total = True
+    doc = "How narrow the user's interest in categories is."
+    mark: ClassVar[Mark] = Mark.IN_CATEGORY
+    marks = (Mark.IN_CATEGORY,)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (Slot(Op.SUM, self.long), Slot(Op.SUM, self.long), Slot(Op.LAST))
+        # with n the decayed count of a category, an event adds (n + 1)^2 - n^2 to the sum of squares, which fades twice as fast
+        return (Slot(Op.SUM, self.long), Slot(Op.SUM, self.long / 2), Slot(Op.TOP, self.long))
 
     @property
-    def features(self) -> Mapping[str, str]:
-        group, half_life = self.name, days(self.long)
+    def features(self) -> Mapping[str, Feature]:
         return {
-            "share": f"share of the user's events that are in the item's {group}, half-life {half_life}",
-            "bought_share": f"share of the user's purchases that are in the item's {group}, half-life {half_life}",
-            "bought": f"log(1 + purchases in the item's {group}, half-life {half_life})",
-            "recency": f"log(1 + days since the last event in the item's {group})",
+            "top": Feature(f"share of the user's events that are in their most frequent {self.name}", "share, 0 to 1", self.long),
+            "breadth": Feature(f"effective number of {self.name} values: 1 / sum of squared shares", "log(number)", self.long),
         }
 
     def contribute(self, events: EventColumns) -> Float64:
-        every = all_of(events)
-        return put(events, (every, 1.0), (events.is_("purchase"), 1.0), (every, events.time))
+        count = events.marks[self.mark]
+        known = ~np.isnan(count)
+        return put(events, (known, 1.0), (known, 2 * count - 1), (known, count))
 
     def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
-        events, bought = ctx.now_value(0), ctx.now_value(1)
-        return per(events, ctx.now_total(0)), per(bought, ctx.now_total(1)), np.log1p(bought), np.log1p(ctx.days_since(2))
+        count = ctx.value(0)
+        return np.minimum(per(ctx.value(2), count), 1.0), np.log(np.maximum(per(count * count, ctx.value(1)), 1.0))
 
 
-class BrandAffinity(CategoryAffinity):
+class BrandTaste(CategoryTaste):
     name = "brand"
-    doc = "How much of what the user does is with the item's brand."
-    key = Key.USER_BRAND
-
-
-class PriceDistance(View):
-    name = "price"
-    doc = "How far the item's price is from what the user usually pays."
-    key = Key.USER
-    entity = Entity.USER_ITEM
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        return (Slot(Op.SUM, self.long), Slot(Op.SUM, self.long))
-
-    features = {  # noqa: RUF012
-        "difference": "log(1 + price) of the item minus the user's mean of it over purchases, recent ones more",
-        "distance": "absolute difference",
-    }
-
-    def contribute(self, events: EventColumns) -> Float64:
-        price = np.log1p(np.maximum(events.price, 0.0))
-        bought = events.is_("purchase") & ~np.isnan(price)
-        return put(events, (bought, 1.0), (bought, price))
-
-    def read(self, ctx: ReadContext) -> tuple[Float64, ...]:
-        assert ctx.item is not None, "a view of user and item reads the catalogue"
-        difference = ctx.item.log_price - per(ctx.value(1), ctx.value(0))
-        return difference, np.abs(difference)
+    doc = "How narrow the user's interest in brands is."
+    mark: ClassVar[Mark] = Mark.WITH_BRAND
+    marks = (Mark.WITH_BRAND,)

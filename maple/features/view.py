@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from maple.data.dataset import Bool, Float32, Int8, Int64
-from maple.features.catalogue import EventColumns, ItemColumns
+from maple.features.catalogue import EventColumns, ItemColumns, Mark
 from maple.features.fold import DAY, NEVER, Float64, Slot, decay, initial, layout
 
 
@@ -80,6 +80,15 @@ class ReadContext:
         return self._factors[of_total, half_life]
 
 
+@dataclass(frozen=True)
+class Feature:
+    """What one number of a view says: its meaning, unit, and the half-life in days of what it counts (None = nothing fades)."""
+
+    meaning: str
+    unit: str
+    half_life: float | None = None
+
+
 class View(ABC):
     """A few related features folded from events. Instances are immutable; ``half_lives`` are in days, ascending."""
 
@@ -88,6 +97,7 @@ class View(ABC):
     key: ClassVar[Key]
     entity: ClassVar[Entity]
     uses_total: ClassVar[bool] = False
+    marks: ClassVar[tuple[Mark, ...]] = ()  # what its contributions need of each event; views of the user alone may
 
     def __init__(self, half_lives: tuple[float, ...]) -> None:
         self.half_lives = half_lives
@@ -109,8 +119,8 @@ class View(ABC):
 
     @property
     @abstractmethod
-    def features(self) -> Mapping[str, str]:
-        """Short name -> meaning and unit of every feature, in the order of ``read``."""
+    def features(self) -> Mapping[str, Feature]:
+        """Short name -> what it says, of every feature, in the order of ``read``."""
 
     @abstractmethod
     def contribute(self, events: EventColumns) -> Float64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -127,6 +128,8 @@ def test_version_and_feature_list(maple: Maple) -> None:
     assert listed.code == 0
     for view in FeatureSpec().all_views:
         assert view.name in listed.out
+    rows = json.loads(maple("features", "list", "--format", "json").out)
+    assert {"name", "meaning", "dtype", "shape", "unit", "half_life_days", "key", "clock", "view"} == set(rows[0])
 
 
 # -- wrong usage and wrong settings ------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from maple.errors import ConfigError
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.log_reader import LogReader
+from maple.features.page import listing, markdown, plain
 from maple.features.spec import FeatureSpec
 from maple.features.states import context_columns
 from maple.features.ticks import ItemReader, ItemTimeline
 from maple.features.view import Entity
-from maple.features.views import VIEWS, catalogue
+from maple.features.views import VIEWS
 
 SPEC = FeatureSpec()
 LOG = [
@@ -174,14 +175,73 @@ def test_a_steady_rate_has_no_trend_and_a_rise_has_one() -> None:
     assert seen[1] > 0.5
 
 
+def test_sessions_end_with_a_pause_of_half_an_hour() -> None:
+    minute = HOUR // 60
+    visits = [Happening("u", "cup", "view", at * minute) for at in (0, 10, 40, 71, 72, 72 + 1440)]
+    data = offline(online(visits))
+
+    def seen(at: int) -> dict[str, float]:
+        columns = LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0 + at * minute]))
+        return {key.removeprefix("user.sessions."): float(column[0]) for key, column in columns.items() if "sessions" in key}
+
+    assert seen(0) == {"count": 0.0, "events": pytest.approx(math.nan, nan_ok=True), "minutes": pytest.approx(math.nan, nan_ok=True),
+                       "start": pytest.approx(math.nan, nan_ok=True), "gap": pytest.approx(math.nan, nan_ok=True), "open": 0.0}  # fmt: skip
+    first, second, third = seen(41), seen(100), seen(102 + 1440)
+    assert first["count"] == close(math.log(2))
+    assert (first["events"], first["minutes"]) == (close(math.log1p(3)), close(math.log1p(40)))
+    assert (first["start"], first["open"]) == (close(math.log1p(41 / 1440)), 1.0)
+    assert (second["count"], second["minutes"]) == (close(math.log(3)), close(math.log1p((40 + 1) / 2)))
+    assert (second["gap"], second["open"]) == (close(math.log1p(71 / 1440)), 1.0)
+    assert third["open"] == 1.0, "the pause is exactly the gap"
+    assert seen(103 + 1440)["open"] == 0.0
+    assert third["start"] == close(math.log1p(30 / 1440))
+
+
+def test_a_repeat_is_an_item_bought_at_an_earlier_time() -> None:
+    bought = [("cup", 0), ("cup", 0), ("dish", DAY), ("cup", DAY), ("egg", 2 * DAY), ("dish", 3 * DAY)]
+    made = [Happening("u", item, "purchase", at) for item, at in bought]
+    made += [Happening("u", "bread", "view", DAY), Happening("u", "bread", "purchase", 4 * DAY), Happening("v", "egg", "purchase", 0)]
+    data = offline(online(made))
+    u = data.users.encode(["u"])
+    for at, repeats, lines in ((1, 0, 2), (DAY + 1, 1, 4), (2 * DAY + 1, 1, 5), (3 * DAY + 1, 2, 6), (4 * DAY + 1, 2, 7)):
+        columns = LogReader(data, SPEC).user_columns(u, np.array([T0 + at]))
+        assert float(columns["user.repeats.rate"][0]) == close(repeats / lines)
+
+
+def test_taste_is_measured_from_shares_of_categories() -> None:
+    made = [Happening("u", item, "view", day * DAY) for day, item in enumerate(["apple", "cup", "bread", "egg", "dish", "bread"])]
+    data = offline(online(made))
+    columns = LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0 + 5 * DAY + 1]))
+    weight = [2 ** (-(5 - day) / 30) for day in range(6)]
+    food, home = weight[0] + weight[2] + weight[5], weight[1] + weight[4]  # the egg has no category
+    shares = np.array([food, home]) / (food + home)
+    assert float(columns["user.category.top"][0]) == close(shares.max())
+    assert float(columns["user.category.breadth"][0]) == close(-math.log((shares**2).sum()))
+    assert math.isnan(LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0]))["user.brand.top"][0])
+
+
 def test_names_are_distinct_and_the_page_has_them_all() -> None:
     assert len(set(SPEC.columns)) == len(SPEC.columns)
-    assert {entity: len(SPEC.of(entity)) for entity in Entity} == {Entity.USER: 8, Entity.USER_ITEM: 6, Entity.ITEM: 8}
-    page = catalogue(SPEC.all_views)
+    assert {entity: len(SPEC.of(entity)) for entity in Entity} == {Entity.USER: 12, Entity.USER_ITEM: 6, Entity.ITEM: 8}
+    page, rows = markdown(listing(SPEC)), plain(listing(SPEC))
     for view in SPEC.all_views:
         assert view.doc in page
         for name in view.names:
             assert f"`{name}`" in page
+    assert {row["name"] for row in rows} >= set(SPEC.columns)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["user.activity.view_7d"] == {
+        "name": "user.activity.view_7d", "view": "user.activity", "meaning": "view events", "dtype": "float32", "shape": "[queries]",
+        "unit": "log(1 + events)", "half_life_days": 7.0, "key": "user", "clock": "by event",
+    }  # fmt: skip
+    assert by_name["item.trend.events"]["clock"] == "by tick of 24 hours"
+
+
+def test_half_lives_on_the_page_are_those_of_slots() -> None:
+    for view in SPEC.all_views:
+        told = {feature.half_life for feature in view.features.values()} - {None}
+        assert told <= set(SPEC.half_lives), view.name
+        assert bool(told) == any(slot.half_life for slot in view.slots), f"{view.name} fades and does not say so, or the reverse"
 
 
 def test_item_views_have_only_slots_that_merge() -> None:
