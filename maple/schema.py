@@ -53,6 +53,15 @@ ITEMS = pa.schema(
 
 USERS = pa.schema([pa.field("user_id", pa.string(), nullable=False)])
 
+#: Which devices (cookies, cards, apps) belong to which user; the same device may be seen with several.
+IDENTITIES = pa.schema(
+    [
+        pa.field("device_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("timestamp", TIMESTAMP),  # when they were seen together
+    ]
+)
+
 MAX_ID_BYTES = 256
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 

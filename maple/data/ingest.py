@@ -23,11 +23,12 @@ from maple.artifacts import FileEntry, Place, point, seal, write_file
 from maple.data import etl
 from maple.data.behaviour import judge_users, names_of
 from maple.data.checks import DUPLICATE, run_checks, stop_on_errors
-from maple.data.readers import Fragment, batches, common_schema, count_rows, fragments, read_fragment
+from maple.data.fragments import Fragment
 from maple.data.report import FILE, ROW, UNREADABLE, TableReport, ValidationReport, table_report
 from maple.data.snapshot import ITEMS_FILE, KIND, REPORT_FILE, USERS_FILE, Snapshot, events_file, quarantine_file, write_table
 from maple.data.sources import SourceConfig, TableSource
-from maple.data.validate import AnyRule, complete, judge, quarantined_rows, rule_counts, rule_name, validate_events
+from maple.data.tables import RuleBook, Tables
+from maple.data.validate import complete, quarantined_rows, rule_counts, validate_events
 from maple.errors import ConfigError
 from maple.schema import EVENTS, ITEMS, USERS, conform
 
@@ -41,13 +42,17 @@ class Plan:
     """Everything that the tasks of one ingestion share."""
 
     source: SourceConfig
-    fragments: tuple[Fragment, ...]
-    schema: pa.Schema  # of the rows of every fragment
-    rules: tuple[AnyRule, ...]
+    tables: Tables  # of events
+    rules: RuleBook
     catalogue: pa.Table | None  # item_id and price, where a rule asks for them
     num_buckets: int
     now: int  # microseconds
     folder: Place  # the snapshot in the making
+
+    @property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """What the tasks read, one each."""
+        return self.tables.fragments
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +93,8 @@ class SideTable:
 
 def side_table(table: TableSource, schema: pa.Schema, root: Place, key: str) -> SideTable:
     """Read and validate an item or user table (they fit in memory: a catalogue, not a log)."""
-    empty = common_schema(table, schema, fragments(table, root)).empty_table()  # a file may have a header and no rows
-    rows = pa.concat_tables([empty, *batches(table, schema, root)])
+    tables = Tables.open((table,), schema, root)
+    rows = pa.concat_tables([tables.schema.empty_table(), *tables.batches()])  # a file may have a header and no rows
     found = validate_events(rows, complete(table.rules, (key,), events=False))
     clean = found.clean.sort_by(key)
     plain = clean.select([name for name in clean.column_names if not name.startswith("_")])
@@ -102,34 +107,27 @@ def plan(
     source: SourceConfig, root: Place, home: Place, *, rows_per_bucket: int, catalogue: pa.Table | None, now: int | None = None
 ) -> Plan:
     """Check the event files and decide fragments, rules and buckets; raises before anything is written."""
-    found = fragments(source.events, root)
-    schema = common_schema(source.events, EVENTS, found)
-    rules = complete(source.events.rules, ("user_id", "item_id"), events=True)
-    judged = {*EVENTS.names, *source.events.names, UNREADABLE}
-    for rule in rules:
-        if rule.column not in judged:
-            raise ConfigError(
-                f"rule {rule_name(rule)!r} judges the column {rule.column!r}, which events do not have; keep it under `keep:`"
-            )
-    asking = [rule for rule in rules if rule.kind == "in_catalogue" or (rule.kind == "outlier" and rule.against == "catalogue")]
+    tables = Tables.open(source.events, EVENTS, root)
+    rules = RuleBook.of(tables, ids=("user_id", "item_id"), events=True)
+    asking = [name for name, rule in rules.by_name.items() if rule.kind == "in_catalogue" or getattr(rule, "against", "") == "catalogue"]
     if asking and catalogue is None:
-        raise ConfigError(f"the rule `{rule_name(asking[0])}` needs an item table; declare `items:` in the source or remove the rule")
+        raise ConfigError(f"the rule `{asking[0]}` needs an item table; declare `items:` in the source or remove the rule")
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    buckets = etl.num_buckets_for(count_rows(source.events, found), rows_per_bucket)
+    buckets = etl.num_buckets_for(tables.num_rows, rows_per_bucket)
     moment = int(time.time() * 1e6) if now is None else now
-    return Plan(source, tuple(found), schema, rules, catalogue if asking else None, buckets, moment, home / "snapshots" / name)
+    return Plan(source, tables, rules, catalogue if asking else None, buckets, moment, home / "snapshots" / name)
 
 
 def judged_schema(plan: Plan) -> pa.Schema:
     """The schema of what ``judged_rows`` yields."""
     extra = ((REASON, pa.int16()), (FIRED, pa.int64()), (BUCKET, pa.int32()))
-    return pa.schema([*plan.schema, *(pa.field(name, kind) for name, kind in extra)])
+    return pa.schema([*plan.tables.schema, *(pa.field(name, kind) for name, kind in extra)])
 
 
 def judged_rows(plan: Plan, fragment: Fragment) -> Iterator[pa.Table]:
     """A fragment's rows with what the rules said of each (``_reason``, ``_fired``) and the bucket it belongs to."""
-    for rows in read_fragment(plan.source.events, EVENTS, fragment):
-        found = judge(rows, plan.rules, catalogue=plan.catalogue, now=plan.now)
+    for rows in plan.tables.read(fragment):
+        found = plan.rules.judge(fragment.table, rows, catalogue=plan.catalogue, now=plan.now)
         bucket = np.asarray(found.table[ROW]) % plan.num_buckets  # rows without a user: anywhere, but the same place always
         has_user = pc.is_valid(found.table["user_id"]).combine_chunks()
         bucket[np.asarray(has_user.to_numpy(zero_copy_only=False))] = etl.bucket_of(
@@ -142,7 +140,7 @@ def judged_rows(plan: Plan, fragment: Fragment) -> Iterator[pa.Table]:
 def finish_bucket(plan: Plan, bucket: int, rows: pa.Table) -> BucketResult:
     """All rows of one bucket made final and written: ids, duplicates, times, sessions, order. The order of ``rows`` does not matter."""
     source = plan.source
-    names = [rule_name(rule) for rule in plan.rules]
+    names = plan.rules.names
     reason, fired = np.array(rows[REASON]), np.asarray(rows[FIRED])
     counts = rule_counts(fired, names)
     good = pa.array(reason < 0)
@@ -156,8 +154,8 @@ def finish_bucket(plan: Plan, bucket: int, rows: pa.Table) -> BucketResult:
         quarantined.append(again.append_column("reason", pa.repeat(DUPLICATE, again.num_rows)))
         counts[DUPLICATE] = again.num_rows
         clean = clean.filter(pa.array(first))
-    if source.events.clock.unit == "order":
-        clean = etl.spread_orders(clean, source.events.clock)
+    if source.order_clock is not None:
+        clean = etl.spread_orders(clean, source.order_clock)
     if source.session_gap_minutes is not None:
         clean = etl.sessionise(clean, source.session_gap_minutes)
     behaved = judge_users(clean, source.behaviour)
@@ -191,7 +189,7 @@ def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: Sid
     facts = etl.merge_facts([result.facts for result in done]) if done else None
     sold = 0 if facts is None else pc.count_distinct(facts["item_id"]).as_py()
     report = ValidationReport(source.name, events, sold, None if items is None else items.report, None if users is None else users.report)
-    rules = {**{rule_name(rule): rule for rule in plan.rules}, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
+    rules = {**plan.rules.by_name, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
     findings = run_checks(source.checks, report, rules=rules, max_quarantined_share=source.max_quarantined_share, now=plan.now)
     stop_on_errors(findings, f"source {source.name!r}", _example(plan, done))  # nothing is published, so the message shows what was wrong
     report = replace(report, findings=findings)

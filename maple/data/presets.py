@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maple.artifacts import Place
 from maple.config import read_yaml
-from maple.data.readers import columns_of
+from maple.data.files import columns_of
 from maple.data.sources import SourceConfig
 from maple.errors import ConfigError, unknown_name
 

@@ -1,322 +1,156 @@
-"""Reading a source's files as streams of Arrow tables in Maple's columns: bounded batches, no pickle, no guessing.
+"""Reading a fragment's rows as streams of Arrow tables in the files' own columns: bounded batches, no pickle, no guessing.
 
-A value that cannot be read does not stop anything: its row carries the text in ``_unreadable`` and is quarantined later.
-A file that cannot be read at all, a missing column or an unsafe Parquet file is a ``DataError``.
+Text stays text. A record that has no columns to read is given back with its number, to be quarantined later; a file that cannot be read
+at all is a ``DataError``.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import fnmatch
+import codecs
 import io
+import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from maple.artifacts import Place
-from maple.data.shape import empty, shape
-from maple.data.sources import TableSource
-from maple.data.report import FILE, ROW, UNREADABLE
-from maple.errors import DataError, MapleError, unknown_name
+from maple.data.files import MAX_LINE, columns_of, delimiter_of, open_parquet
+from maple.data.fragments import Fragment
+from maple.data.sources import LIST_MARK, FileSource
+from maple.errors import DataError
 
 BATCH_ROWS = 131_072
 BATCH_BYTES = 8 << 20
-FRAGMENT_ROWS = 1_000_000
-MAX_LINE = 1 << 20
-LISTED = 20
+CELL_BYTES = 64 << 20  # of decoded text in one batch of Parquet
 
-#: Raw batches: the needed source columns, their record numbers, and the records that have no columns as (number, text).
-Raw: TypeAlias = tuple[pa.Table, "np.ndarray[Any, Any]", list[tuple[int, str]]]
+#: Raw batches: the needed columns, their record numbers, and the records that have no columns as (number, text).
+Raw: TypeAlias = tuple[pa.Table, npt.NDArray[np.int64], list[tuple[int, str]]]
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """What one task reads: a file, or some row groups of a Parquet file.
-
-    ``label`` is how rows name it; ``first`` the record number of its first row.
-    """
-
-    label: str
-    place: Place
-    groups: tuple[int, ...] | None = None
-    first: int = 0
-
-
-def fragments(table: TableSource, root: Place) -> list[Fragment]:
-    """The fragments of a table in a fixed order.
-
-    Parquet files are checked here; ``DataError`` for missing, empty, unsafe or corrupt files.
-    """
-    out: list[Fragment] = []
-    for label, place in files(table, root):
-        if table.format_of(label) != "parquet":
-            _check_columns(table, columns_of(place, table), label)
-            out.append(Fragment(label, place))
-            continue
-        file = open_parquet(place, label)
-        _check_columns(table, file.schema_arrow.names, label)
-        groups: list[int] = []
-        first = rows = 0
-        for group in range(file.metadata.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if groups and rows + size > FRAGMENT_ROWS:
-                out.append(Fragment(label, place, tuple(groups), first))
-                first, rows, groups = first + rows, 0, []
-            groups.append(group)
-            rows += size
-        out.append(Fragment(label, place, tuple(groups), first))
-    return out
-
-
-def read_fragment(table: TableSource, schema: pa.Schema, fragment: Fragment) -> Iterator[pa.Table]:
-    """A fragment as tables of about ``BATCH_ROWS`` rows at most: Maple's columns, then ``_unreadable``, ``_file`` and ``_row``."""
-    try:
-        for raw, numbers, broken in _raw(table, fragment):
-            part = shape(raw, table, schema, fragment.label)
-            if broken:
-                lost = empty(table, schema, raw.schema, fragment.label, len(broken))
-                texts = [f"line: {text[:200]}" for _, text in broken]
-                part = pa.concat_tables(
-                    [part, lost.set_column(lost.column_names.index(UNREADABLE), UNREADABLE, pa.array(texts, pa.string()))]
-                )
-            rows = np.concatenate([numbers, np.array([number for number, _ in broken], np.int64)])
-            label = pa.DictionaryArray.from_arrays(pa.array(np.zeros(part.num_rows, np.int32)), pa.array([fragment.label]))
-            yield part.append_column(FILE, label.cast(pa.string())).append_column(ROW, pa.array(rows, pa.int64()))
-    except MapleError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{fragment.label} is not {table.encoding} text ({error.reason}); declare its `encoding:`, for example latin-1"
-        ) from None
-    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
-        hint = "declare its `encoding:`, for example latin-1" if "UTF8" in str(error) else "the file may be damaged or of another format"
-        raise DataError(f"{fragment.label} cannot be read: {_brief(error)}; {hint}") from None
-
-
-def batches(table: TableSource, schema: pa.Schema, root: Place) -> Iterator[pa.Table]:
-    """All rows of a table, streaming, in a fixed order."""
-    for fragment in fragments(table, root):
-        yield from read_fragment(table, schema, fragment)
-
-
-def common_schema(table: TableSource, schema: pa.Schema, found: Sequence[Fragment]) -> pa.Schema:
-    """The schema that every fragment's tables have; ``DataError`` where files of one table disagree on a kept column."""
-    agreed: pa.Schema | None = None
-    first = ""
-    for fragment in {fragment.label: fragment for fragment in found}.values():
-        raw = pa.schema([(name, pa.string()) for name in table.needed])
-        if table.format_of(fragment.label) == "parquet":
-            stored = open_parquet(fragment.place, fragment.label).schema_arrow
-            raw = pa.schema([stored.field(name) for name in table.needed])
-        here = empty(table, schema, raw, fragment.label, 0).schema.append(pa.field(FILE, pa.string())).append(pa.field(ROW, pa.int64()))
-        if agreed is None:
-            agreed, first = here, fragment.label
-        for one, other in zip(agreed, here, strict=True):
-            if one.type != other.type:
-                raise DataError(
-                    f"column {one.name!r} is {one.type} in {first} but {other.type} in {fragment.label}; "
-                    "write the files with one type, or declare `types:`"
-                )
-    assert agreed is not None, "a table has at least one file"
-    return agreed
-
-
-def count_rows(table: TableSource, found: Sequence[Fragment]) -> int:
-    """About how many rows the fragments hold: exact for Parquet, lines for text. Depends on the files only."""
-    total = 0
-    for fragment in found:
-        if fragment.groups is not None:
-            metadata = open_parquet(fragment.place, fragment.label).metadata
-            total += sum(metadata.row_group(group).num_rows for group in fragment.groups)
-        else:
-            with fragment.place.fs.open_input_stream(fragment.place.path) as stream:
-                while chunk := stream.read(BATCH_BYTES):
-                    total += chunk.count(b"\n")
-    return total
-
-
-def files(table: TableSource, root: Place) -> list[tuple[str, Place]]:
-    """Label and place of every file of a table, sorted within each path; ``DataError`` where a path matches nothing or a file is empty."""
-    out: list[tuple[str, Place]] = []
-    for path in table.paths:
-        place = Place.at(path) if "://" in path else root / path
-        if any(sign in path for sign in "*?["):
-            at = place.path
-            base = at[: re.search(r"[*?\[]", at).start()].rsplit("/", 1)[0]  # type: ignore[union-attr]
-            listed = place.fs.get_file_info(pafs.FileSelector(base, recursive="/" in at[len(base) + 1 :], allow_not_found=True))
-            found = sorted(info.path for info in listed if info.type == pafs.FileType.File and fnmatch.fnmatchcase(info.path, at))
-            if not found:
-                raise DataError(f"no file matches {path!r} in {root.uri}; check `path:` in the source YAML")
-            out += [(name[len(base) + 1 :], Place(place.fs, name)) for name in found]
-        else:
-            out.append((path, place))
-    for label, place in out:
-        info = place.fs.get_file_info(place.path)
-        if info.type != pafs.FileType.File:
-            raise DataError(f"the file {label} does not exist in {root.uri}; check `path:` in the source YAML{_present(place)}")
-        if info.size == 0:
-            raise DataError(f"{label} in {root.uri} is empty; export it again, or remove it from `path:`")
-    return out
-
-
-def columns_of(place: Place, table: TableSource | None = None) -> list[str]:
-    """The column names of a file, without reading its rows; ``[]`` where it has no header. For advice and checks."""
-    table = table or TableSource(path=place.name)
-    kind = table.format_of(place.name)
-    if table.header:
-        return list(table.header)
-    if kind == "parquet":
-        return [str(name) for name in open_parquet(place, place.name).schema_arrow.names]
-    with place.fs.open_input_stream(place.path) as stream:
-        head = bytes(stream.read(MAX_LINE))
-    line = head.split(b"\n", 1)[0].rstrip(b"\r")
-    try:
-        text = line.decode("utf-8-sig" if table.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else table.encoding)
-    except UnicodeDecodeError:
-        raise DataError(f"{place.name} is not {table.encoding} text; declare its `encoding:`, for example latin-1") from None
-    if kind == "jsonl":
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            raise DataError(f"{place.name}: the first line is not a JSON object; jsonl has one object a line") from None
-        return [str(name) for name in record] if isinstance(record, dict) else []
-    if kind == "dat":
-        return [] if table.delimiter is None and "::" in text else text.split(table.delimiter or "::")
-    if kind == "atomic":
-        return [name.split(":", 1)[0] for name in text.split(table.delimiter or "\t")]
-    return next(csv.reader([text], delimiter=_delimiter(table, kind)), [])
-
-
-def open_parquet(place: Place, label: str) -> pq.ParquetFile:
-    """A Parquet file whose footer declares no extension types (loading those may run code); ``DataError`` if corrupt or unsafe."""
-    try:
-        with place.fs.open_input_file(place.path) as handle:
-            footer = _footer(handle)
-        if _has_extension(footer):
-            raise DataError(
-                f"{label} declares Arrow extension types (such as tensors); Maple refuses them because reading one can run code. "
-                "Write the file again with plain columns (numbers, text, times, lists of those)."
-            )
-        return pq.ParquetFile(place.fs.open_input_file(place.path))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{label} is not a readable Parquet file ({_brief(error)}); it may be cut off or damaged: write it again") from None
-
-
-def _footer(handle: pa.NativeFile) -> bytes:
-    size = handle.size()
-    if size < 12:
-        raise OSError("too short")
-    handle.seek(size - 8)
-    tail = bytes(handle.read(8))
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or length > size - 12:
-        raise OSError("its end is not that of a Parquet file")
-    handle.seek(size - 8 - length)
-    return bytes(handle.read(length))
-
-
-def _has_extension(footer: bytes) -> bool:
-    marks = (b"ARROW:extension", b"ray.data.")
-    if any(mark in footer for mark in marks):
-        return True
-    for run in re.finditer(
-        rb"[A-Za-z0-9+/=]{48,}", footer
-    ):  # the Arrow schema is stored as base64; its start may be preceded by a length byte
-        text = run.group().rstrip(b"=")
-        for shift in range(4):
-            part = text[shift:]
-            plain = base64.b64decode(part[: len(part) // 4 * 4])
-            if any(mark in plain for mark in marks):
-                return True
-    return False
-
-
-def _check_columns(table: TableSource, present: Sequence[str], label: str) -> None:
-    for name in table.needed:
-        if name not in present:
-            listed = (
-                unknown_name("column", name, present) if len(present) <= LISTED else unknown_name("column", name, present)[:600] + " ..."
-            )
-            raise DataError(f"{label}: {listed} Correct the source YAML.")
-
-
-def _raw(table: TableSource, fragment: Fragment) -> Iterator[Raw]:
+def raw_batches(table: FileSource, needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
+    """The needed columns of a fragment in batches of about ``BATCH_ROWS`` rows at most."""
     kind = table.format_of(fragment.label)
     if kind == "parquet":
-        yield from _parquet(table, fragment)
+        yield from _parquet(needed, fragment)
     elif kind in ("csv", "tsv"):
-        yield from _csv(table, fragment, kind)
+        yield from _csv(table, needed, fragment, kind)
     elif kind == "jsonl":
-        yield from _jsonl(table, fragment)
+        yield from _jsonl(table, needed, fragment)
+    elif kind == "lists":
+        yield from _pairs(table, needed, fragment)
     else:
-        yield from _split(
-            table, fragment, table.delimiter or ("\t" if kind == "atomic" else "::"), skip=kind == "atomic" or not table.header
-        )
+        delimiter = table.delimiter or ("\t" if kind == "atomic" else "::")
+        yield from _split(table, needed, fragment, delimiter, heading=kind == "atomic" or not table.header)
 
 
-def _parquet(table: TableSource, fragment: Fragment) -> Iterator[Raw]:
-    file = open_parquet(fragment.place, fragment.label)
-    start = fragment.first
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(fragment.groups or ()), columns=table.needed, use_threads=False):
-        part = pa.Table.from_batches([batch]).replace_schema_metadata(None).select(table.needed)
-        yield part, np.arange(start, start + part.num_rows), []
-        start += part.num_rows
+def raw_schema(table: FileSource, needed: Sequence[str], fragment: Fragment) -> pa.Schema:
+    """The types in which ``raw_batches`` gives the columns of a fragment's file."""
+    kind = table.format_of(fragment.label)
+    if kind == "parquet":
+        stored = open_parquet(fragment.place, fragment.label).schema_arrow
+        return pa.schema([stored.field(name).remove_metadata() for name in needed])
+    return pa.schema([(name, pa.int64() if kind == "lists" and name == "place" else pa.string()) for name in needed])
 
 
-def _csv(table: TableSource, fragment: Fragment, kind: str) -> Iterator[Raw]:
+def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
+    # Texts are decoded in slices: a small file may repeat one long text in every row of a batch.
+    names = open_parquet(fragment.place, fragment.label).schema_arrow
+    texts = [name for name in needed if _is_text(names.field(name).type)]
+    file = open_parquet(fragment.place, fragment.label, texts)
+    at, stop = -fragment.skip, fragment.rows
+    for batch in file.iter_batches(
+        batch_size=BATCH_ROWS, row_groups=list(fragment.groups or ()), columns=list(dict.fromkeys(needed)), use_threads=False
+    ):
+        low, high = max(0, -at), min(batch.num_rows, stop - at)
+        if low < high:
+            for start, part in _decoded(pa.Table.from_batches([batch.slice(low, high - low)]).select(needed), names, fragment.label):
+                begin = fragment.first + at + low + start
+                yield part, np.arange(begin, begin + part.num_rows), []
+        at += batch.num_rows
+        if at >= stop:
+            break
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _decoded(batch: pa.Table, stored: pa.Schema, label: str) -> Iterator[tuple[int, pa.Table]]:
+    """The batch with its dictionaries decoded, in slices of at most ``CELL_BYTES`` of text, and where each starts."""
+    size = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            whole = column.combine_chunks()
+            length = pc.binary_length(whole.dictionary).cast(pa.int64())
+            size += np.asarray(pc.fill_null(length.take(whole.indices), 0))
+    if size.max(initial=0) > CELL_BYTES:
+        raise DataError(f"{label} has a row with more than {CELL_BYTES >> 20} MiB of text; the file may be damaged")
+    schema = pa.schema([stored.field(name).remove_metadata() for name in batch.column_names])
+    cut = np.flatnonzero(np.diff(np.cumsum(size) // CELL_BYTES, prepend=0))
+    edges = [0, *(int(place) for place in cut if place), batch.num_rows]
+    for start, stop in itertools.pairwise(edges):
+        yield start, batch.slice(start, stop - start).cast(schema).replace_schema_metadata(None)
+
+
+def _csv(table: FileSource, needed: Sequence[str], fragment: Fragment, kind: str) -> Iterator[Raw]:
     broken: list[tuple[int, str]] = []
-    heading = 0 if table.header else 1
+    heading = 1 if fragment.start == 0 and not table.header else 0
+    names = list(table.header) or (columns_of(fragment.place, table) if fragment.start else None)
 
     def keep_broken(row: Any) -> str:
-        broken.append((row.number - 1 - heading, row.text))
+        broken.append((fragment.first + row.number - 1 - heading, row.text))
         return "skip"
 
-    with fragment.place.fs.open_input_stream(fragment.place.path) as stream:
+    with _stream(fragment) as stream:
         reader = pacsv.open_csv(
             stream,
-            read_options=pacsv.ReadOptions(
-                use_threads=False, block_size=BATCH_BYTES, encoding=table.encoding, column_names=list(table.header) or None
-            ),
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=MAX_LINE, encoding=table.encoding, column_names=names),
             parse_options=pacsv.ParseOptions(
-                delimiter=_delimiter(table, kind), newlines_in_values=True, invalid_row_handler=keep_broken
+                delimiter=delimiter_of(table, kind), newlines_in_values=fragment.stop is None, invalid_row_handler=keep_broken
             ),
             convert_options=pacsv.ConvertOptions(
-                column_types={name: pa.string() for name in table.needed}, include_columns=table.needed,
+                column_types={name: pa.string() for name in needed}, include_columns=list(needed),
                 strings_can_be_null=True, null_values=list(table.nulls),
             ),
         )  # fmt: skip
-        start = done = 0
+        start, done = fragment.first, 0
+        ahead: list[int] = []  # numbers of broken records that may lie between the rows to come
         for batch in reader:
-            skip = {number for number, _ in broken}
-            numbers = np.arange(start, start + batch.num_rows + len(skip))
-            numbers = numbers[~np.isin(numbers, np.fromiter(skip, np.int64, len(skip)))][: batch.num_rows] if skip else numbers
-            start = int(numbers[-1]) + 1 if len(numbers) else start
             fresh, done = broken[done:], len(broken)
-            yield pa.Table.from_batches([batch]), numbers, fresh
+            ahead = [number for number in (*ahead, *(number for number, _ in fresh)) if number >= start]
+            numbers = np.arange(start, start + batch.num_rows + len(ahead))
+            numbers = numbers[~np.isin(numbers, np.array(ahead, np.int64))][: batch.num_rows]
+            start = int(numbers[-1]) + 1 if len(numbers) else start
+            part = pa.Table.from_batches([batch])
+            for low in range(0, max(part.num_rows, 1), BATCH_ROWS):
+                yield part.slice(low, BATCH_ROWS), numbers[low : low + BATCH_ROWS], fresh if low == 0 else []
         if broken[done:]:
-            yield pa.table({name: pa.array([], pa.string()) for name in table.needed}), np.empty(0, np.int64), broken[done:]
+            yield pa.table({name: pa.array([], pa.string()) for name in needed}), np.empty(0, np.int64), broken[done:]
 
 
 def _lines(fragment: Fragment, encoding: str) -> Iterator[list[str]]:
-    with fragment.place.fs.open_input_stream(fragment.place.path) as stream:
-        text = io.TextIOWrapper(io.BufferedReader(stream, BATCH_BYTES), "utf-8-sig" if encoding == "utf-8" else encoding, newline=None)
-        while found := text.readlines(BATCH_BYTES):
-            yield [line.rstrip("\n") for line in found]
+    """The lines of a fragment in batches, whatever ends them; ``DataError`` for one that never ends."""
+    name = "utf-8-sig" if fragment.start == 0 and codecs.lookup(encoding).name == "utf-8" else encoding
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(name)(), translate=True)
+    rest = ""
+    with _stream(fragment) as stream:
+        while chunk := bytes(stream.read(BATCH_BYTES)):
+            *lines, rest = (rest + decoder.decode(chunk)).split("\n")
+            if len(rest) > MAX_LINE:
+                raise DataError(f"{fragment.label} has a line of more than {MAX_LINE >> 20} MiB; the file may be damaged")
+            yield lines
+    if rest := rest + decoder.decode(b"", final=True):
+        yield rest.removesuffix("\n").split("\n")
 
 
-def _split(table: TableSource, fragment: Fragment, delimiter: str, skip: bool) -> Iterator[Raw]:
+def _split(table: FileSource, needed: Sequence[str], fragment: Fragment, delimiter: str, heading: bool) -> Iterator[Raw]:
     names = columns_of(fragment.place, table)
-    start = -1 if skip else 0
+    start = fragment.first - (1 if heading and fragment.start == 0 else 0)
     for lines in _lines(fragment, table.encoding):
         everything = pa.array(lines, pa.string())
         parts = pc.split_pattern(everything, delimiter)
@@ -326,56 +160,94 @@ def _split(table: TableSource, fragment: Fragment, delimiter: str, skip: bool) -
         good = filled & (sizes == len(names))
         bad = np.flatnonzero(filled & ~good)
         kept = parts.filter(pa.array(good))
-        columns = {name: _nulled(pc.list_element(kept, names.index(name)), table.nulls) for name in table.needed}
+        columns = {name: _nulled(pc.list_element(kept, names.index(name)), table.nulls) for name in needed}
         yield pa.table(columns), numbers[good], [(int(numbers[place]), lines[place]) for place in bad]
         start += len(lines)
 
 
-def _jsonl(table: TableSource, fragment: Fragment) -> Iterator[Raw]:
-    start = 0
+def _pairs(table: FileSource, needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
+    """Lines of ``user item item ...``: a row an item; ``place`` grows along the line, the lines and the files of the table."""
+    start = fragment.first
+    space = r"[\x00-\x20]+" if table.delimiter is None else rf"(?:[\x00-\x20]|\x{ord(table.delimiter):02x})+"
     for lines in _lines(fragment, table.encoding):
-        columns: dict[str, list[str | None]] = {name: [] for name in table.needed}
+        parts = pc.split_pattern_regex(pa.array(lines, pa.string()), space)
+        words, line = pc.list_flatten(parts), np.asarray(pc.list_parent_indices(parts))
+        some = np.asarray(pc.greater(pc.binary_length(words), 0).to_numpy(zero_copy_only=False))
+        words, line = words.filter(pa.array(some)), line[some]
+        is_user = np.diff(line, prepend=-1) != 0
+        alone = is_user & np.append(is_user[1:], True)
+        numbers = start + np.cumsum(~is_user | alone) - 1
+        users = np.maximum.accumulate(np.where(is_user, np.arange(len(words)), 0))
+        rows = np.flatnonzero(~is_user)
+        place = fragment.number * 1_000_000_000 + numbers[rows]
+        columns = {"user": words.take(pa.array(users[rows])), "item": words.take(pa.array(rows)), "place": pa.array(place)}
+        broken = [(int(numbers[at]), lines[line[at]]) for at in np.flatnonzero(alone)]
+        yield pa.table({name: columns[name] for name in needed}), numbers[rows], broken
+        start += int(np.count_nonzero(~is_user | alone))
+
+
+def _jsonl(table: FileSource, needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
+    start = fragment.first
+    read = json.JSONDecoder(object_pairs_hook=_record, parse_int=str, parse_float=str, parse_constant=_no_constant).decode
+    for lines in _lines(fragment, table.encoding):
+        columns: dict[str, list[str | None]] = {name: [] for name in needed}
         numbers: list[int] = []
         broken: list[tuple[int, str]] = []
         for number, line in enumerate(lines, start):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = read(line)
+                cells = [_cell(record, name) for name in needed] if isinstance(record, dict) else None
             except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                broken.append((number, line))
+                cells = None
+            if cells is None:
+                broken.append((number, line.encode("utf-8", "replace").decode()))
                 continue
             numbers.append(number)
-            for name, column in columns.items():
-                value = record.get(name)
-                column.append(None if value is None or value in table.nulls else value if isinstance(value, str) else json.dumps(value))
-        arrays = {name: _encodable(column) for name, column in columns.items()}
+            for column, cell in zip(columns.values(), cells, strict=True):
+                column.append(cell)
+        arrays = {name: _nulled(pa.array(column, pa.string()), table.nulls) for name, column in columns.items()}
         yield pa.table(arrays), np.array(numbers, np.int64), broken
         start += len(lines)
 
 
-def _encodable(column: list[str | None]) -> pa.Array:
-    try:
-        return pa.array(column, pa.string())
-    except UnicodeEncodeError:  # a lone surrogate written as an escape: replaced, as its bytes cannot exist in UTF-8
-        return pa.array([None if text is None else text.encode("utf-8", "replace").decode() for text in column], pa.string())
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a key is given twice")
+    return record
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON value")
+
+
+def _cell(record: dict[str, Any], name: str) -> str | None:
+    """A value as text, numbers as they were written, lists marked; ``ValueError`` for an object or what has no UTF-8."""
+    value: Any = record.get(name)
+    if value is None and "." in name and name not in record:
+        value = record
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        if not all(isinstance(part, str) for part in value):
+            raise ValueError("a list of lists or objects is no value")
+        value = "".join(LIST_MARK + part for part in value) or LIST_MARK
+    if value is None or isinstance(value, str):
+        if value is not None and not value.isascii():
+            value.encode()  # a lone surrogate, written as an escape, is a UnicodeEncodeError: a ValueError
+        return value
+    raise ValueError("an object is no value; name its parts with dots")
 
 
 def _nulled(column: pa.Array, nulls: Sequence[str]) -> pa.Array:
     return pc.if_else(pc.is_in(column, value_set=pa.array(nulls, pa.string())), None, column)
 
 
-def _delimiter(table: TableSource, kind: str) -> str:
-    return table.delimiter or ("\t" if kind == "tsv" else ",")
-
-
-def _present(place: Place) -> str:
-    folder = Place(place.fs, place.path.rsplit("/", 1)[0])
-    names = [child.name for child in folder.children()][:LISTED]
-    return f"; the folder has: {', '.join(names)}" if names else ""
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _stream(fragment: Fragment) -> Any:
+    if fragment.stop is None:
+        return fragment.place.fs.open_input_stream(fragment.place.path)
+    return fragment.place.fs.open_input_file(fragment.place.path).get_stream(fragment.start, fragment.stop - fragment.start)

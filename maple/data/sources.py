@@ -5,12 +5,13 @@ The YAML names files, formats and columns and declares the cleaning rules; nothi
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from maple.config import Section
 from maple.data.behaviour import UserRule
@@ -18,14 +19,32 @@ from maple.data.checks import Checks
 from maple.data.dataset import DEFAULT_SIGNALS
 from maple.data.validate import Rule
 from maple.errors import ConfigError, unknown_name
-from maple.schema import EVENT_CODES, EVENT_TYPES, EVENTS, ITEMS, USERS
+from maple.schema import EVENT_CODES, EVENT_TYPES, EVENTS, IDENTITIES, ITEMS, USERS
 
-Format = Literal["csv", "tsv", "jsonl", "parquet", "dat", "atomic"]
+#: ``dat``: fields split by ``::`` (or ``delimiter:``) without quotes. ``atomic``: RecBole's, with typed names in the header.
+#: ``lists``: ``user item item ...`` lines, oldest first; their columns are ``user``, ``item`` and ``place``.
+Format = Literal["csv", "tsv", "jsonl", "parquet", "dat", "atomic", "lists"]
+LIST_COLUMNS = ("user", "item", "place")
+LIST_MARK = "\x1f"  # before each value of a JSON list that travels as a text
 SUFFIXES: dict[str, Format] = {
     "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet", "dat": "dat",
     "inter": "atomic", "item": "atomic", "user": "atomic",
 }  # fmt: skip
 COMPRESSED = ("gz", "bz2", "zst", "lz4")
+SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "mock")  # never http: a setting must not make Maple fetch pages
+
+
+def check_uri(uri: str) -> str:
+    """``uri`` if it is a local path or of a file system that Maple reads; ``ConfigError`` for anything else, such as http."""
+    scheme = uri.partition("://")[0].lower() if "://" in uri else "file"
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{uri!r}: Maple reads no {scheme}:// addresses; use a local path or one of {', '.join(SCHEMES)}")
+    return uri
+
+
+def _tupled(value: Any) -> Any:
+    """One thing where several may be given."""
+    return [value] if isinstance(value, str | dict | Section) else value
 
 
 class Clock(Section):
@@ -79,29 +98,16 @@ class Extract(Section):
         return pattern
 
 
-class TableSource(Section):
-    """One table of a source. Names on the left are Maple's (see ``maple.schema``), names on the right are the files'."""
+class FileSource(Section):
+    """Files of one layout: where they lie and how they are read."""
 
     path: str | tuple[str, ...]  # relative to the data folder, globs allowed; or a URI
     format: Format | None = None  # by the file's ending where not given
     header: tuple[str, ...] = ()  # names of the columns where the files have no header line
     encoding: str = "utf-8"
-    delimiter: str | None = None
+    delimiter: str | None = Field(default=None, min_length=1)
     nulls: tuple[str, ...] = ("",)  # texts that mean "missing"
-    columns: dict[str, str] = Field(default_factory=dict)
-    constants: dict[str, str | float | bool] = Field(default_factory=dict)
-    values: dict[str, dict[str, str]] = Field(default_factory=dict)  # {event: {transaction: purchase}}: re-label texts of a column
-    ratios: dict[str, tuple[str, str]] = Field(default_factory=dict)  # {price: [sales_value, quantity]}; null where the divisor is 0
-    extract: dict[str, Extract] = Field(default_factory=dict)
-    keep: dict[str, str] = Field(default_factory=dict)  # further columns; a list keeps their names
-    types: dict[str, Literal["string", "int", "float", "bool"]] = Field(default_factory=dict)  # of kept columns in text files (else string)
-    clock: Clock = Clock()
-    rules: tuple[Rule, ...] = ()
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _names(cls, keep: Any) -> Any:
-        return {name: name for name in keep} if isinstance(keep, list | tuple) else keep
+    separator: str = Field(default=" ", min_length=1)  # between the values of a list in a text
 
     @field_validator("encoding")
     @classmethod
@@ -111,6 +117,116 @@ class TableSource(Section):
         except LookupError:
             raise ValueError(f"unknown text encoding {encoding!r}; common ones are utf-8, latin-1, cp1252") from None
         return encoding
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for one in (path,) if isinstance(path, str) else path:
+            try:
+                check_uri(one)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+            if "://" not in one and (one.startswith("/") or ".." in one.split("/")):
+                raise ValueError(f"path {one!r} must lie inside the data folder, or be a URI")
+        return path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    def format_of(self, path: str) -> Format:
+        """The format of one file."""
+        if self.format is not None:
+            return self.format
+        parts = path.lower().rsplit("/", 1)[-1].split(".")
+        while len(parts) > 1 and parts[-1] in COMPRESSED:
+            parts.pop()
+        if parts[-1] not in SUFFIXES:
+            raise ConfigError(
+                f"{path}: the format cannot be told from the name; write `format:` ({', '.join(sorted({*SUFFIXES.values(), 'lists'}))})"
+            )
+        return SUFFIXES[parts[-1]]
+
+
+class Join(FileSource):
+    """Another table that adds columns by a key, as orders to their lines: one row a key, and it must fit in memory.
+
+    ``key``: the column that both have, or {ours: theirs} where the names differ. ``take``: the columns it adds, a list or
+    {name here: name there}; `columns:` and the other settings then use them like the files' own. A row without a match is set aside.
+    """
+
+    key: dict[str, str] = Field(min_length=1)
+    take: dict[str, str] = Field(min_length=1)
+
+    @field_validator("key", "take", mode="before")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        return _named([names] if isinstance(names, str) else names)
+
+
+class RateTable(FileSource):
+    """Exchange rates by day: what one unit of ``currency`` is worth, from ``date`` (an ISO day) until the next known day."""
+
+    date: str = "date"
+    currency: str = "currency"
+    rate: str = "rate"
+
+
+class Currencies(Section):
+    """Amounts in several currencies made one: each of ``applies_to`` times the rate of the row's currency, which is in ``column``.
+
+    ``rates``: {GBP: 1.17}, what one of them is worth in ``to``; or ``daily``, a table of rates by day (UTC), of which the last known one
+    counts. A row with an amount in a currency without a rate is set aside.
+    """
+
+    column: str
+    to: str
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    daily: RateTable | None = None
+    applies_to: tuple[str, ...] = ("price",)
+
+    _lists = field_validator("applies_to", mode="before")(_tupled)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.rates) == (self.daily is not None):
+            raise ValueError("give either `rates:` or a table of `daily:` rates")
+        return self
+
+
+class Units(Section):
+    """Quantities in several units made one: each of ``applies_to`` times the factor of the row's unit, which is in ``column``."""
+
+    column: str
+    factors: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    applies_to: tuple[str, ...] = ("value",)
+
+    _lists = field_validator("applies_to", mode="before")(_tupled)
+
+
+class TableSource(FileSource):
+    """One table of a source. Names on the left are Maple's (see ``maple.schema``), names on the right are the files'."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    constants: dict[str, str | float | bool] = Field(default_factory=dict)
+    values: dict[str, dict[str, str]] = Field(default_factory=dict)  # {event: {transaction: purchase}}: re-label texts of a column
+    ratios: dict[str, tuple[str, str]] = Field(default_factory=dict)  # {price: [sales_value, quantity]}; null where the divisor is 0
+    extract: dict[str, Extract] = Field(default_factory=dict)
+    keep: dict[str, str] = Field(default_factory=dict)  # further columns; a list keeps their names
+    #: Of kept columns in text files. Atomic files say theirs; else ``string``. ``strings`` and ``floats`` are lists, see ``separator``.
+    types: dict[str, Literal["string", "int", "float", "bool", "strings", "floats"]] = Field(default_factory=dict)
+    join: tuple[Join, ...] = ()
+    currencies: Currencies | None = None
+    units: Units | None = None
+    clock: Clock = Clock()
+    rules: tuple[Rule, ...] = ()
+
+    _joins = field_validator("join", mode="before")(_tupled)
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _names(cls, keep: Any) -> Any:
+        return _named(keep)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -122,17 +238,16 @@ class TableSource(Section):
                 if name.startswith("_") or name == "reason":
                     raise ValueError(f"the column name {name!r} is reserved; rename it under `keep:`")
                 seen.add(name)
-        unknown = sorted(set(self.types) - seen)
-        if unknown:
-            raise ValueError(f"`types` names {unknown[0]!r}: " + unknown_name("column", unknown[0], seen))
-        for path in self.paths:
-            if "://" not in path and (path.startswith("/") or ".." in path.split("/")):
-                raise ValueError(f"path {path!r} must lie inside the data folder, or be a URI")
+        converted = [name for scale in (self.currencies, self.units) if scale is not None for name in scale.applies_to]
+        for what, named in (("types", self.types), ("applies_to", converted)):
+            unknown = sorted(set(named) - seen)
+            if unknown:
+                raise ValueError(f"`{what}` names {unknown[0]!r}: " + unknown_name("column", unknown[0], seen))
+        taken = [name for join in self.join for name in join.take]
+        twice = sorted({name for name in taken if taken.count(name) > 1})
+        if twice:
+            raise ValueError(f"two joins give a column {twice[0]!r}; rename one of them: `take: {{other_name: {twice[0]}}}`")
         return self
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
     def names(self) -> list[str]:
@@ -140,23 +255,22 @@ class TableSource(Section):
         return [*self.columns, *self.constants, *self.ratios, *self.extract, *self.keep]
 
     @property
-    def needed(self) -> list[str]:
-        """The files' columns that must be read, distinct, in declared order."""
+    def used(self) -> list[str]:
+        """The columns that the mapping names, the files' own and joined ones, distinct, in declared order."""
         wanted = [*self.columns.values(), *(name for pair in self.ratios.values() for name in pair)]
-        return list(dict.fromkeys([*wanted, *(part.column for part in self.extract.values()), *self.keep.values()]))
+        wanted += [*(part.column for part in self.extract.values()), *self.keep.values()]
+        return list(dict.fromkeys([*wanted, *(scale.column for scale in (self.currencies, self.units) if scale is not None)]))
 
-    def format_of(self, path: str) -> Format:
-        """The format of one file."""
-        if self.format is not None:
-            return self.format
-        parts = path.lower().rsplit("/", 1)[-1].split(".")
-        while len(parts) > 1 and parts[-1] in COMPRESSED:
-            parts.pop()
-        if parts[-1] not in SUFFIXES:
-            raise ConfigError(
-                f"{path}: the format cannot be told from the name; write `format:` ({', '.join(sorted(set(SUFFIXES.values())))})"
-            )
-        return SUFFIXES[parts[-1]]
+    @property
+    def needed(self) -> list[str]:
+        """The files' own columns that must be read, distinct."""
+        taken = {name for join in self.join for name in join.take}
+        keys = [name for join in self.join for name in join.key]
+        return list(dict.fromkeys(name for name in [*self.used, *keys] if name not in taken))
+
+
+def _named(names: Any) -> Any:
+    return {name: name for name in names} if isinstance(names, list | tuple) else names
 
 
 class LastWord(Section):
@@ -184,11 +298,14 @@ class SourceConfig(Section):
 
     name: str = "custom"
     about: str = ""
-    events: TableSource
+    events: tuple[TableSource, ...] = Field(min_length=1)  # one table, or a list of them
     items: TableSource | None = None
     users: TableSource | None = None
+    identities: TableSource | None = None  # device_id -> user_id: whose events are one person's (see ``identity``)
     items_from_events: ItemsFromEvents = ItemsFromEvents()
     duplicates: Literal["quarantine", "keep"] = "quarantine"  # of events that are equal in every column, or share an event_id
+    returns: Literal["keep", "net"] = "keep"  # net: quantities that came back are taken off what was bought (see ``etl.net_returns``)
+    returns_days: float | None = Field(default=None, gt=0)  # how old a purchase may be that a return is netted with; null: any
     session_gap_minutes: float | None = Field(default=30.0, gt=0)  # for events without session_id; null leaves it empty
     behaviour: tuple[UserRule, ...] = ()  # rules about whole users: bots
     max_quarantined_share: float = Field(default=0.5, ge=0, le=1)
@@ -196,22 +313,52 @@ class SourceConfig(Section):
     targets: tuple[str, ...] = Field(default=("purchase",), min_length=1)  # event kinds that count as relevant
     signals: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_SIGNALS))  # interest per event kind
 
+    _tables = field_validator("events", mode="before")(_tupled)
+
+    @field_serializer("events")
+    def _as_written(self, events: tuple[TableSource, ...]) -> Any:
+        """One table is written without a list, as people do."""
+        plain = [table.plain() for table in events]
+        return plain[0] if len(plain) == 1 else plain
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         for event in (*self.targets, *self.signals):
             if event not in EVENT_CODES:
                 raise ValueError(unknown_name("event type", event, EVENT_TYPES))
-        for what, table, schema in (("events", self.events, EVENTS), ("items", self.items, ITEMS), ("users", self.users, USERS)):
+        tables = [(f"events[{place}]" if len(self.events) > 1 else "events", table, EVENTS) for place, table in enumerate(self.events)]
+        others = (("items", self.items, ITEMS), ("users", self.users, USERS), ("identities", self.identities, IDENTITIES))
+        for what, table, schema in (*tables, *((what, table, schema) for what, table, schema in others if table is not None)):
             for column in schema:
-                if table is not None and not column.nullable and column.name != "event_id" and column.name not in table.names:
+                if not column.nullable and column.name != "event_id" and column.name not in table.names:
                     raise ValueError(f"{what}: map a column to {column.name!r} under `columns:` (or give it under `constants:`)")
-        texts = self.items_from_events.texts
-        for target, column in texts.items():
+        if len({table.clock.unit == "order" for table in self.events}) > 1 or (self.ordered and len({t.clock for t in self.events}) > 1):
+            raise ValueError("events: tables with `clock: {unit: order}` cannot be mixed with others; an order has no common time")
+        known = list(dict.fromkeys(name for table in self.events for name in table.names))
+        for target, column in self.items_from_events.texts.items():
             if target not in ("title", "description", "category", "brand"):
                 raise ValueError(f"items_from_events: {target!r} is not a text column of items (title, description, category, brand)")
-            if column not in self.events.names:
-                raise ValueError(f"items_from_events: {unknown_name('event column', column, self.events.names)}")
+            if column not in known:
+                raise ValueError(f"items_from_events: {unknown_name('event column', column, known)}")
         return self
+
+    @property
+    def tables(self) -> Iterable[tuple[str, TableSource]]:
+        """Every table of the source with what it holds."""
+        yield from (("events", table) for table in self.events)
+        for what, table in (("items", self.items), ("users", self.users), ("identities", self.identities)):
+            if table is not None:
+                yield what, table
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the events have no clock but an order (see ``Clock``)."""
+        return self.events[0].clock.unit == "order"
+
+    @property
+    def order_clock(self) -> Clock | None:
+        """The clock of events that have an order and no time; None where they have times."""
+        return self.events[0].clock if self.ordered else None
 
     @property
     def transient(self) -> list[str]:

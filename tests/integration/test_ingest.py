@@ -43,7 +43,7 @@ def test_the_same_digest_under_any_parallelism(ray_local: str, tmp_path: Path, m
     header = pq.read_table(folder / "events-0.parquet").slice(0, 0)
     pq.write_table(header, folder / "events-3.parquet")  # a file without rows beside the others changes nothing
     one = ingest(source, root, Place.at(tmp_path / "one"), rows_per_bucket=2_000, progress=told.append, now=NOW)
-    monkeypatch.setattr("maple.data.readers.FRAGMENT_ROWS", 2_000)  # many fragments instead of one a file
+    monkeypatch.setattr("maple.data.tables.FRAGMENT_ROWS", 2_000)  # many fragments instead of one a file
     two = ingest(source, root, Place.at(tmp_path / "two"), rows_per_bucket=2_000, now=NOW)
     local = ingest_local(source, root, Place.at(tmp_path / "three"), rows_per_bucket=2_000, now=NOW)
     assert one.num_buckets >= 4
@@ -57,7 +57,7 @@ def test_the_same_digest_under_any_parallelism(ray_local: str, tmp_path: Path, m
 def events(**more: object) -> SourceConfig:
     columns = {"user_id": "u", "item_id": "i", "timestamp": "t"}
     table = TableSource.parse({"path": "e.csv", "columns": columns, "constants": {"event": "purchase"}, **more}, "test")
-    return SourceConfig(events=table)
+    return SourceConfig(events=(table,))
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_the_preset_table_is_that_of_the_presets() -> None:
     assert set(presets.names()) <= set(rows)
     for name in presets.names():
         source, _ = load_source(name, "/")
-        for table in (source.events, source.items, source.users):
-            for path in table.paths if table is not None else ():
+        for _, table in source.tables:
+            for path in table.paths:
                 named, ending = rows[name][3], Path(path).suffix
                 assert Path(path).stem in named or path in named, path
                 assert ending in named, path
