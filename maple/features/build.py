@@ -102,10 +102,9 @@ def target_rows(data: Dataset, spec: FeatureSpec, catalogue: Catalogue) -> pa.Ta
     starts = np.flatnonzero(np.r_[True, (user[1:] != user[:-1]) | (time[1:] != time[:-1])]) if len(rows) else rows
     offsets = np.append(starts, len(rows)).astype(np.int64)
     reader = LogReader(data, spec, catalogue)
-    users, now = user[starts], time[starts]
-    own = reader.user_columns(users, now)
+    own, paired = reader.columns(user[starts], time[starts], offsets, log.item[rows])
     query = np.repeat(np.arange(len(starts)), np.diff(offsets))
-    columns = {name: column[query] for name, column in own.items()} | reader.user_item_columns(users, now, offsets, log.item[rows])
+    columns = {name: column[query] for name, column in own.items()} | paired
     keys = {
         "user_id": data.users.ids.take(pa.array(user)),
         "timestamp": pa.array(time).cast(TIMESTAMP),

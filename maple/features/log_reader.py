@@ -1,139 +1,145 @@
-"""User features from a log at any past moment: segmented scans over the events of the users asked for.
+"""User features from a log at any past moment: one segmented scan per key over the events of the users asked for.
 
-The offline half of what ``states`` reads online; tests/property/test_parity.py holds the two equal.
+The offline half of what ``states`` reads online, with the same fused states; tests/property/test_parity.py holds the two equal. It
+works through the users in chunks whose contributions stay in the processor's cache, so its memory does not grow with the log.
 
 Legend: B queries, N candidates (``offsets`` int64[B+1] says whose), W slots. Times are int64 microseconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from maple.data.dataset import Dataset, Float32, Int8, Int32, Int64
+from maple.data.dataset import Dataset, Float32, Int32, Int64, ragged_take
 from maple.features.catalogue import Catalogue, EventColumns
 from maple.features.fold import Float64, scan
 from maple.features.marks import marked
 from maple.features.spec import FeatureSpec
-from maple.features.states import group_codes, group_total
-from maple.features.view import Entity, Key, ReadContext, View
+from maple.features.states import StateLayout, group_codes
+from maple.features.view import Entity, Key, ReadContext
+
+#: Events and candidates of the users that are read at once.
+CHUNK = 1 << 14
+Columns = dict[str, Float32]
 
 
 class LogReader:
-    """User features from a data set's log at any moments: one segmented scan per view over the users asked for."""
+    """User features from a data set's log at any moments. A user code of -1 has no events, an item code of -1 is unknown."""
 
     def __init__(self, data: Dataset, spec: FeatureSpec, catalogue: Catalogue | None = None) -> None:
         self.data = data
         self.spec = spec
         self.catalogue = catalogue or Catalogue.of(data)
+        self.layout = StateLayout(spec)
         assert len(self.catalogue) == len(data.items), "the catalogue and the data set must have the same item codes"
 
-    def user_columns(self, users: Int32, now: Int64) -> dict[str, Float32]:
-        """Columns float32[B]; a user code of -1 has no events."""
-        part = self._select(users)
-        out: dict[str, Float32] = {}
-        for view in self.spec.of(Entity.USER):
-            state, last = part.scan(view, part.user, np.asarray(users, np.int64), now)
-            out |= view.columns(ReadContext(view.layout[1], state, last, now))
-        return out
+    def user_columns(self, users: Int32, now: Int64) -> Columns:
+        """Columns float32[B]."""
+        return self.columns(users, now, np.zeros(len(users) + 1, np.int64), np.empty(0, np.int32))[0]
 
-    def user_item_columns(self, users: Int32, now: Int64, offsets: Int64, items: Int32) -> dict[str, Float32]:
-        """Columns float32[N]; -1 is an item or user that nothing is known of."""
-        part = self._select(users)
-        user = np.asarray(users, np.int64)
+    def user_item_columns(self, users: Int32, now: Int64, offsets: Int64, items: Int32) -> Columns:
+        """Columns float32[N]."""
+        return self.columns(users, now, offsets, items)[1]
+
+    def columns(self, users: Int32, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
+        """Columns float32[B] of the queries' users and float32[N] of their candidates, from one pass over the events."""
+        own: Columns = {name: np.empty(len(users), np.float32) for name in self.spec.feature_names(Entity.USER)}
+        paired: Columns = {name: np.empty(len(items), np.float32) for name in self.spec.feature_names(Entity.USER_ITEM)}
+        for queries in self._chunks(users, offsets):
+            candidates, bounds = ragged_take(offsets, queries)
+            found = self._read(users[queries].astype(np.int64), now[queries], bounds, items[candidates])
+            for out, rows, columns in zip((own, paired), (queries, candidates), found, strict=True):
+                for name, column in columns.items():
+                    out[name][rows] = column
+        return own, paired
+
+    def _chunks(self, users: Int32, offsets: Int64) -> Iterator[Int64]:
+        """The queries by user, in pieces of whole users."""
+        order = np.argsort(users, kind="stable")
+        heads = np.flatnonzero(np.diff(users[order], prepend=-2))
+        if len(heads) == 0:
+            return
+        known = np.maximum(users[order][heads], 0)
+        events = np.where(users[order][heads] < 0, 0, self.data.offsets[known + 1] - self.data.offsets[known])
+        load = np.cumsum(events + np.add.reduceat(np.diff(offsets)[order] + 1, heads))
+        yield from np.split(order, heads[np.flatnonzero(np.diff(load // CHUNK, prepend=0))])
+
+    def _read(self, users: Int64, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
+        spec, layout = self.spec, self.layout
+        part = _Part.of(self, users)
+        state, last = part.scan(Key.USER, users, now)
+        own: Columns = {}
+        for view in spec.of(Entity.USER):
+            own |= view.columns(ReadContext(view.layout[1], state[:, layout.places[view]], last, now))
+        paired: Columns = {}
+        if len(items) == 0:
+            return own, paired
         rows = np.repeat(np.arange(len(users)), np.diff(offsets))
-        own = self.catalogue.take(items)
-        moment = now[rows]
-        out: dict[str, Float32] = {}
-        groups: dict[Key, tuple[_Part, Int64, Int64, Int64]] = {}
-        for view in self.spec.of(Entity.USER_ITEM):
+        listed, moment, last_of_user = self.catalogue.take(items), now[rows], last[rows]
+        codes = group_codes(items, listed)
+        matched: dict[Key, tuple[Float64, Int64]] = {}
+        for view in spec.of(Entity.USER_ITEM):
+            place, half_lives = layout.places[view], view.layout[1]
             if view.key == Key.USER:
-                state, last = part.scan(view, part.user, user, now)
-                out |= view.columns(ReadContext(view.layout[1], state[rows], last[rows], moment, item=own))
+                paired |= view.columns(ReadContext(half_lives, state[:, place][rows], last_of_user, moment, item=listed))
                 continue
-            codes = part.codes[view.key]
-            if view.key not in groups:
-                groups[view.key] = self._group(part, codes, user[rows], group_codes(items, own)[view.key], rows)
-            keyed, group, asked, back = groups[view.key]
-            # only requests whose key has events are scanned, each once; the last row of the result stands for the others
-            found, found_last = keyed.scan(view, group, asked[0], now[asked[1]])
-            none, never = view.empty(1)
-            state, last = np.concatenate([found, none])[back], np.concatenate([found_last, never])[back]
+            if view.key not in matched:
+                matched[view.key] = part.match(view.key, users[rows], moment, codes[view.key])
+            held, held_last = matched[view.key]
             total = total_last = None
             if view.uses_total:
-                sums, sums_last = part.scan(view, part.user, user, now, codes)
-                total, total_last = sums[rows], sums_last[rows]
-            out |= view.columns(ReadContext(view.layout[1], state, last, moment, total, total_last, own))
-        return out
-
-    def _select(self, users: Int32) -> _Part:
-        log = self.data.log
-        flag = np.zeros(len(self.data.users) + 1, bool)
-        flag[users] = True  # -1 sets the spare last one
-        keep = np.flatnonzero(flag[log.user])
-        whole = _Part(self.catalogue, log.user.astype(np.int64), log.item, log.event, log.time, log.value, log.price)
-        return whole if len(keep) == len(log) else whole.take(keep)
-
-    @staticmethod
-    def _group(part: _Part, codes: Int32, user: Int64, asked: Int32, rows: Int64) -> tuple[_Part, Int64, Any, Int64]:
-        """The events by (user, group), their group keys, the distinct requests that have events as (key, query), and where each candidate
-        finds its request (the end where it has none)."""
-        span = np.int64(max(codes.max(initial=0), asked.max(initial=0))) + 1
-        keep = np.flatnonzero(codes >= 0)
-        key = part.user[keep] * span + codes[keep]
-        order = np.argsort(key, kind="stable")
-        key = key[order]
-        wanted = np.where((asked >= 0) & (user >= 0), user * span + asked, -1)
-        at = np.searchsorted(key, wanted)
-        hit = np.zeros(len(wanted), bool) if len(key) == 0 else (wanted >= 0) & (key[np.minimum(at, len(key) - 1)] == wanted)
-        index = np.flatnonzero(hit)
-        distinct, inverse = np.unique(rows[index] * span + asked[index], return_inverse=True)
-        query = distinct // span
-        first = np.empty(len(distinct), np.int64)
-        first[inverse] = wanted[index]
-        back = np.full(len(wanted), len(distinct), np.int64)
-        back[index] = inverse
-        return part.take(keep[order]), key, (first, query), back
+                total, total_last = state[:, layout.total_places[view]][rows], last_of_user
+            paired |= view.columns(ReadContext(half_lives, held[:, place], held_last, moment, total, total_last, listed))
+        return own, paired
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Events of some users, sorted by (group, time, event order) for the group that a scan is given."""
+    """The events of some users, sorted by (user, time, event order), and what keyed views group them by."""
 
-    catalogue: Catalogue
+    layout: StateLayout
     user: Int64
-    item: Int32
-    event: Int8
-    time: Int64
-    value: Float32
-    price: Float32
+    events: EventColumns
+    codes: dict[Key, Int32]
 
-    @cached_property
-    def columns(self) -> EventColumns:
-        return EventColumns.of(self.catalogue, self.item, self.event, self.time, self.value, self.price)
+    @staticmethod
+    def of(reader: LogReader, users: Int64) -> _Part:
+        """The part of a reader's log that belongs to some users."""
+        log, layout = reader.data.log, reader.layout
+        rows, _ = ragged_take(reader.data.offsets, np.unique(users[users >= 0]))
+        item, user = log.item[rows], log.user[rows].astype(np.int64)
+        codes = group_codes(item, reader.catalogue.take(item))
+        events = EventColumns.of(reader.catalogue, item, log.event[rows], log.time[rows], log.value[rows], log.price[rows])
+        wanted = [mark for marks in layout.marks.values() for mark in marks]
+        return _Part(layout, user, marked(events, wanted, user, codes, layout.half_life), codes)
 
-    @cached_property
-    def codes(self) -> dict[Key, Int32]:
-        """What keyed views group the events by."""
-        return group_codes(self.item, self.catalogue.take(self.item))
-
-    def take(self, rows: npt.NDArray[Any]) -> _Part:
-        return _Part(
-            self.catalogue, self.user[rows], self.item[rows], self.event[rows], self.time[rows], self.value[rows], self.price[rows]
-        )  # fmt: skip
-
-    def scan(self, view: View, group: Int64, asked: Int64, now: Int64, codes: Int32 | None = None) -> tuple[Float64, Int64]:
-        """The view's state for each request (asked group, now); with ``codes`` the fold of a total."""
-        events = marked(self.columns, view.marks, self.user, self.codes, view.long) if view.marks else self.columns
-        x = view.contribute(events)
-        if codes is not None:
-            x = group_total(codes, x)
+    def scan(self, key: Key, asked: Int64, now: Int64, rows: Int64 | None = None, group: Int64 | None = None) -> tuple[Float64, Int64]:
+        """The fused state of a key for each request (asked group, now). ``rows``: the events by (``group``, time); default: by user."""
+        x = self.layout.contributions(key, self.events, self.codes)
+        time = self.events.time
+        if rows is not None:
+            x, time = x[rows], time[rows]
         order = np.lexsort((now, asked))
-        state, last = scan(group, self.time, x, asked[order], now[order], *view.layout)
+        state, last = scan(self.user if group is None else group, time, x, asked[order], now[order], *self.layout.folds[key])
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return state[back], last[back]
+
+    def match(self, key: Key, user: Int64, now: Int64, asked: Int32) -> tuple[Float64, Int64]:
+        """The keyed state of each candidate's user and code at its time, float64[N, W]; empty where the user has none."""
+        codes = self.codes[key]
+        span = np.int64(max(codes.max(initial=0), asked.max(initial=0))) + 1
+        keep = np.flatnonzero(codes >= 0)
+        group = self.user[keep] * span + codes[keep]
+        order = np.argsort(group, kind="stable")
+        wanted = np.where((asked >= 0) & (user >= 0), user * span + asked, -1)
+        # only candidates whose key has events are scanned; the last row of the result stands for the others
+        index = np.flatnonzero(np.isin(wanted, group))
+        found, found_last = self.scan(key, wanted[index], now[index], keep[order], group[order])
+        none, never = self.layout.empty(key, 1)
+        back = np.full(len(wanted), len(index), np.int64)
+        back[index] = np.arange(len(index))
+        return np.concatenate([found, none])[back], np.concatenate([found_last, never])[back]
