@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "maple").rglob("*.py")) + sorted((ROOT / "jobs").glob("*.
 
 #: Lowest first; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"errors", "hashing", "schema", "config", "cluster_ray"},
+    {"clock", "errors", "hashing", "schema", "config", "cluster_ray"},
     {"artifacts", "page"},
     {"data"},
     {"features"},

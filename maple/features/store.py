@@ -1,33 +1,39 @@
 """The online store: an event log that is durable when it says so, and the folded state of every user, read in one round trip.
 
-``OnlineStore`` is the contract; tests/contract/test_store.py holds every backend to it. ``SqliteStore`` is the embedded one (one
-node, any number of threads and processes); ``store_redis.RedisStore`` is the one of a cluster. The log is the truth: a state that is
-missing, damaged, of another revision of the log or of other features is folded again from the log.
+``OnlineStore`` is the contract; tests/contract/test_store.py holds every backend to it. ``store_sqlite.SqliteStore`` is the embedded
+one (one node, any number of threads and processes); ``store_redis.RedisStore`` is the one of a cluster. The log is the truth. A
+state is a checkpoint of it: reading folds in what came since, and folds from the log whatever is missing, damaged, of other
+features, or overtaken by a late event; so appending costs the same for a new user and for one with a long past.
+
+Times: the log takes an event's time as it comes, however late; whoever receives events from outside holds them to its own clock.
+A person may have several ids (``merge``): each event stays under the id it came with, reading sees those of all, once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import sqlite3
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from maple.errors import ArtifactError, DataError, ServeError, unknown_name
+from maple.errors import DataError, unknown_name
 from maple.features.folder import Folder, Rows
-from maple.features.states import UserState
-from maple.schema import EVENT_CODES, EVENT_TYPES, check_id
+from maple.features.states import Attribute, UserState
+from maple.schema import EVENT_CODES, EVENT_TYPES, check_id, legal_ids
 
 MAX_CONTEXT_BYTES = 8192
+MAX_TIME = 1 << 52  # microseconds since 1970
+
+#: What a fold needs of an event: event id, item id, kind, time, value, price.
+Line: TypeAlias = tuple[str, str, str, int, float | None, float | None]
+Progress: TypeAlias = Callable[[int], None]
+"""Told how many rows are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +58,12 @@ class Event:
         check_id(self.item_id, "item_id")
         if self.event not in EVENT_CODES:
             raise DataError(unknown_name("event type", self.event, EVENT_TYPES))
-        if not 0 <= self.timestamp < 1 << 52:
+        if not 0 <= self.timestamp < MAX_TIME:
             raise DataError(f"timestamp of event {self.event_id!r} is not a time in microseconds since 1970")
         for name, number in (("value", self.value), ("price", self.price)):
             if number is not None and not (math.isfinite(number) and abs(number) <= 1e9):
                 raise DataError(f"{name} of event {self.event_id!r} is not a number between -1e9 and 1e9")
-        if len(json.dumps(dict(self.context))) > MAX_CONTEXT_BYTES:
+        if self.context and len(json.dumps(dict(self.context))) > MAX_CONTEXT_BYTES:
             raise DataError(f"context of event {self.event_id!r} is longer than {MAX_CONTEXT_BYTES} bytes as JSON")
         return self
 
@@ -66,19 +72,25 @@ class Event:
         """Events of a user are folded in this order."""
         return self.timestamp, self.event_id
 
+    @property
+    def line(self) -> Line:
+        """What a fold needs of it."""
+        return self.event_id, self.item_id, self.event, self.timestamp, self.value, self.price
+
 
 class Ack(StrEnum):
-    """What became of an event. Both mean: it is on disk, exactly once."""
+    """What became of an event. The first two mean: it is on disk, exactly once."""
 
     STORED = "stored"
     DUPLICATE = "duplicate"
+    DELETED = "deleted"  # its user was deleted for good: the event was dropped
 
 
 @runtime_checkable
 class OnlineStore(Protocol):
     """Events in, user states out. Safe to call from several threads."""
 
-    folder: Folder  # the features that ``append`` keeps up to date; others are folded when first read
+    folder: Folder  # the features that ``get`` reads by default
 
     def append(self, events: Sequence[Event]) -> list[Ack]:
         """Store events; durable when it returns. An event id that the user already has changes nothing.
@@ -87,323 +99,193 @@ class OnlineStore(Protocol):
         """
 
     def get(self, user_ids: Sequence[str], folder: Folder | None = None) -> dict[str, UserState]:
-        """The states of these users, in one round trip; a user without events has an empty state."""
+        """The states of these users with their attributes, in one round trip; a user without events has an empty state."""
 
     def history(self, user_id: str) -> list[Event]:
-        """All events of a user in order."""
+        """All events of a person in order, each with the id it came with."""
 
-    def delete(self, user_id: str) -> int:
-        """Forget a user; returns how many events there were."""
+    def delete(self, user_id: str, *, block: bool = False) -> int:
+        """Forget a person, all their ids, attributes and links; returns how many events there were.
 
-    def backfill(self, events: pa.Table) -> int:
+        Events that are sent later are those of a new user; with ``block`` they are dropped for ever (``Ack.DELETED``), and so are
+        attributes and links. Blocked ids are kept as keyed hashes only.
+        """
+
+    def expire(self, before: int) -> int:
+        """Forget all events earlier than a time in microseconds; returns how many. States are then those of what is left."""
+
+    def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
         """Load an EVENTS table; events that are there already stay as they are. Returns how many were new."""
 
+    def describe(self, user_id: str, attributes: Mapping[str, Attribute]) -> Ack:
+        """Say something of a user: named attributes are replaced, None takes one away, the others stay. Durable when it returns."""
+
+    def attributes(self, user_id: str) -> dict[str, Attribute]:
+        """What a person is described by."""
+
+    def backfill_users(self, users: pa.Table, progress: Progress | None = None) -> int:
+        """Load a USERS table; an attribute that a user has already stays as it is. Returns how many users there were."""
+
+    def merge(self, user_ids: Sequence[str], into: str) -> int:
+        """These ids are aliases of ``into``: from now on all are one person, with all their events. Returns how many ids joined.
+
+        ``DataError`` where they would be too many (see ``people``); nothing is changed then.
+        """
+
+    def unmerge(self, alias: str) -> int:
+        """Take back what was told of an alias; both sides are as if it had never been. Returns how many links that were."""
+
+    def aliases(self, user_id: str) -> list[str]:
+        """All ids of the person that an id belongs to, sorted; the id alone where it was never merged."""
+
+    def prune(self, keep: Sequence[Folder]) -> int:
+        """Drop the states of all other features, and those not refreshed for long; returns how many. They can be folded again."""
+
     def adopt(self, folder: Folder) -> None:
-        """Keep the states of other features up to date from now on: those of a new bundle."""
+        """Read these features by default from now on: those of a new bundle."""
 
     def close(self) -> None:
         """Close all connections; the store may not be used after."""
 
 
-# -- what the backends share -------------------------------------------------------------------------------------------
+# -- events as columns -------------------------------------------------------------------------------------------------
 
 
 def rows_of(logs: Sequence[Sequence[Event]]) -> Rows:
     """Logs of several users, each in order, as columns."""
-    flat = [event for log in logs for event in log]
+    return rows_of_lines([[event.line for event in log] for log in logs])
 
-    def numbers(values: Iterable[float | None]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return np.array([np.nan if value is None else value for value in values], dtype=np.float32)
 
+def rows_of_lines(logs: Sequence[Sequence[Line]]) -> Rows:
+    """The same from lines."""
+    flat = [line for log in logs for line in log]
+    ids, items, kinds, times, values, prices = zip(*flat, strict=True) if flat else ((),) * 6
     offsets = np.concatenate([[0], np.cumsum([len(log) for log in logs])]).astype(np.int64)
-    kinds = np.array([EVENT_CODES[event.event] for event in flat], np.int8)
-    times = np.array([event.timestamp for event in flat], np.int64)
-    values, prices = numbers(event.value for event in flat), numbers(event.price for event in flat)
-    return Rows(offsets, [event.event_id for event in flat], [event.item_id for event in flat], kinds, times, values, prices)
+    codes = np.fromiter(map(EVENT_CODES.__getitem__, kinds), np.int8, len(flat))
+    # None becomes NaN
+    return Rows(
+        offsets, list(ids), list(items), codes, np.array(times, np.int64), np.array(values, np.float32), np.array(prices, np.float32)
+    )
 
 
-def fold_new(
-    folder: Folder, new: Mapping[str, Sequence[Event]], held: Mapping[str, UserState | None], log: Callable[[str], Sequence[Event]]
-) -> list[UserState]:
-    """The states of users after new events. Who has no usable state, or got an event that is older than the last one folded,
-    is folded from the whole ``log``, which already has the new events."""
-    starts, logs = [], []
-    for user, events in new.items():
-        state = held.get(user)
-        fresh = sorted(events, key=lambda event: event.order)
-        if state is not None and state.tail < fresh[0].order:
-            starts.append(state)
-            logs.append(fresh)
+def in_order(lines: Iterable[Line], once: bool = False) -> list[Line]:
+    """Lines in the order they are folded in; with ``once`` the first of each event id (ids of one person may have sent it twice)."""
+    ordered = sorted(lines, key=lambda line: (line[3], line[0]))
+    return list({line[0]: line for line in reversed(ordered)}.values())[::-1] if once else ordered
+
+
+_EVENT_COLUMNS = ["event_id", "user_id", "item_id", "event", "timestamp", "value", "price", "session_id", "request_id"]
+
+
+def events_of(table: pa.Table, rows: int = 10_000) -> Iterator[list[Event]]:
+    """The events of an EVENTS table by user and time, in chunks, checked."""
+    table = table.select(_EVENT_COLUMNS).set_column(4, "timestamp", table["timestamp"].cast(pa.int64()))
+    numbers = [
+        pc.fill_null(pc.less_equal(pc.abs(table[name].cast(pa.float64())), 1e9), table[name].is_null()) for name in ("value", "price")
+    ]
+    fine = [pc.and_(pc.greater_equal(table["timestamp"], 0), pc.less(table["timestamp"], MAX_TIME)), *numbers]
+    fine += [legal_ids(table[name]) for name in _EVENT_COLUMNS[:3]] + [pc.is_in(table["event"], value_set=pa.array(EVENT_TYPES))]
+    for mask in fine:
+        place = pc.index(mask, pa.scalar(False)).as_py()
+        if place >= 0:
+            Event(*table.slice(place, 1).to_pylist()[0].values()).check()
+            raise DataError(f"row {place} of the events is not a legal event")
+    ordered = table.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("event_id", "ascending")])
+    for start in range(0, ordered.num_rows, rows):
+        columns = ordered.slice(start, rows).columns
+        yield [Event(*row) for row in zip(*(column.to_pylist() for column in columns), strict=True)]
+
+
+# -- reading: a checkpoint and what came since -------------------------------------------------------------------------
+
+#: A state is stored again when at least this many events came since, or none is stored ...
+KEEP_EVENTS = 8
+#: ... and it takes at most so many bytes for each of them: who has a long past is folded on for longer before it is written again.
+KEEP_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one round trip finds of the person whom an id belongs to."""
+
+    person: str  # the id they go by
+    epoch: str  # changes when the log changes in another way than by appending; "" = no events
+    blob: bytes | None  # the packed state, of this epoch
+    covered: int  # the place in the log up to which it holds events
+    place: int  # ... and up to which ``pending`` does
+    pending: Sequence[Line]  # events since then, in no order
+    attributes: Mapping[str, Attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A person's whole log, in order, and where it stands."""
+
+    epoch: str
+    place: int
+    lines: Sequence[Line]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state to be stored, if the person's epoch is still the same and nothing newer is stored."""
+
+    person: str
+    epoch: str
+    place: int
+    blob: bytes
+
+
+class Backend(Protocol):
+    """What reading needs of a store."""
+
+    def find(self, user_ids: Sequence[str], digest: str) -> list[Found]:
+        """Everything about these users, in one round trip."""
+
+    def pasts(self, people: Sequence[str]) -> list[Past]:
+        """The whole logs of people."""
+
+    def keep(self, checkpoints: Sequence[Checkpoint], digest: str) -> None:
+        """Store checkpoints, or not: nothing depends on it."""
+
+
+def read_states(backend: Backend, user_ids: Sequence[str], folder: Folder) -> dict[str, UserState]:
+    """The states of users as of now: all that need folding in one batch."""
+    asked = list(dict.fromkeys(user_ids))
+    found = dict(zip(asked, backend.find(asked, folder.digest), strict=True)) if asked else {}
+    people = {each.person: each for each in found.values()}
+    states: dict[str, UserState] = {}
+    marks: dict[str, tuple[str, int]] = {}
+    starts: dict[str, UserState] = {}
+    lines: dict[str, Sequence[Line]] = {}
+    for person, each in people.items():
+        state = folder.empty(person) if not each.epoch else folder.unpack(each.blob, person, f"{each.epoch}:{each.covered}")
+        since = in_order(each.pending)
+        if state is None or (since and state.tail >= (since[0][3], since[0][0])):
+            continue  # from the log
+        if since:
+            starts[person], lines[person], marks[person] = state, since, (each.epoch, each.place)
         else:
-            starts.append(folder.empty(user))
-            logs.append(list(log(user)))
-    return folder.advance(starts, rows_of(logs))
+            states[person] = state
+    again = [person for person in people if person not in states and person not in starts]
+    for person, past in zip(again, backend.pasts(again) if again else (), strict=True):
+        starts[person], lines[person], marks[person] = folder.empty(person), past.lines, (past.epoch, past.place)
+    if starts:
+        folded = folder.advance(list(starts.values()), rows_of_lines(list(lines.values())))
+        states |= zip(starts, folded, strict=True)
+        kept = []
+        for person in starts:
+            blob, (epoch, place) = people[person].blob, marks[person]
+            if epoch and (person in again or (len(lines[person]) >= KEEP_EVENTS and len(blob or b"") <= KEEP_BYTES * len(lines[person]))):
+                kept.append(Checkpoint(person, epoch, place, folder.pack(states[person], f"{epoch}:{place}")))
+        if kept:
+            backend.keep(kept, folder.digest)
+    return {user: replace(states[each.person], user=user, attributes=each.attributes) for user, each in found.items()}
 
 
-def events_of(table: pa.Table) -> Iterator[list[Event]]:
-    """The events of an EVENTS table in chunks of whole rows, checked."""
-    names = ["event_id", "user_id", "item_id", "event", "timestamp", "value", "price", "session_id", "request_id"]
-    table = table.select(names).set_column(4, "timestamp", table["timestamp"].cast(pa.int64()))
-    for batch in table.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("event_id", "ascending")]).to_batches(10_000):
-        yield [Event(*row).check() for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)]
-
-
-# -- SQLite ------------------------------------------------------------------------------------------------------------
-
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS events (
-  user_id TEXT NOT NULL, event_id TEXT NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL, event TEXT NOT NULL,
-  value REAL, price REAL, session_id TEXT, request_id TEXT, context TEXT, PRIMARY KEY (user_id, event_id)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, revision TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS states (
-  user_id TEXT NOT NULL, digest TEXT NOT NULL, blob BLOB NOT NULL, PRIMARY KEY (user_id, digest)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS counter (one INTEGER PRIMARY KEY CHECK (one = 1), value INTEGER NOT NULL);
-INSERT OR IGNORE INTO counter VALUES (1, 0);
-"""
-_COLUMNS = "event_id, user_id, item_id, event, timestamp, value, price, session_id, request_id, context"
-_LOG = f"SELECT {_COLUMNS} FROM events WHERE user_id = ? ORDER BY timestamp, event_id"  # noqa: S608  # constants only
-_INSERT = f"INSERT OR IGNORE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-_GET = (
-    "SELECT u.user_id, u.revision, s.blob FROM users u LEFT JOIN states s ON s.user_id = u.user_id AND s.digest = ? WHERE u.user_id IN (?)"
-)
-_KEEP = "INSERT OR REPLACE INTO states SELECT ?, ?, ? WHERE EXISTS (SELECT 1 FROM users WHERE user_id = ? AND revision = ?)"
-
-
-class _Waiting:
-    """Work of one caller, waiting for a commit."""
-
-    def __init__(self, events: Sequence[Event]) -> None:
-        self.events = events
-        self.acks: list[Ack] | None = None
-        self.error: BaseException | None = None
-
-
-class SqliteStore:
-    """An embedded store in one SQLite file (WAL, synchronous=FULL), for one node.
-
-    Callers that append at the same time share a commit: whoever gets the write lock commits for all who wait. Every commit gives the
-    users it touches a revision that is never used again, so a state folded from an older log can never be taken for the current one.
-    """
-
-    def __init__(self, path: str | Path, folder: Folder, *, busy_seconds: float = 10.0) -> None:
-        self.path = Path(path)
-        self.folder = folder
-        self._busy = busy_seconds
-        self._turn = threading.Lock()  # held while committing
-        self._queue: list[_Waiting] = []
-        self._queue_lock = threading.Lock()
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # what people did is nobody else's business
-        try:
-            self._writer = self._connect()
-            self._writer.execute("PRAGMA journal_mode=WAL")
-            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _SCHEMA_VERSION):
-                raise ArtifactError(f"{self.path} is an online store of version {version}, this Maple reads {_SCHEMA_VERSION}")
-            with self._transaction():
-                for statement in _SCHEMA.split(";\n"):
-                    self._writer.execute(statement)
-                self._writer.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise ArtifactError(
-                f"{self.path} cannot be opened as an online store: {error}. If it is damaged, move it away and load the snapshot again."
-            ) from None
-
-    def append(self, events: Sequence[Event]) -> list[Ack]:
-        """See ``OnlineStore``."""
-        work = _Waiting([event.check() for event in events])
-        if not work.events:
-            return []
-        with self._queue_lock:
-            self._queue.append(work)
-        with self._turn:
-            if work.acks is None and work.error is None:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
-        if work.error is not None:
-            raise ServeError(f"the events could not be stored in {self.path}: {work.error}. Send them again.")
-        assert work.acks is not None, "a commit answers everyone in its batch"
-        return work.acks
-
-    def get(self, user_ids: Sequence[str], folder: Folder | None = None) -> dict[str, UserState]:
-        """See ``OnlineStore``."""
-        folder = folder or self.folder
-        out: dict[str, UserState] = {}
-        stale: list[str] = []
-        revisions = self._states(self._reader(), user_ids, folder)
-        for user in user_ids:
-            if user not in revisions:
-                out[user] = folder.empty(user)
-            else:
-                state = folder.unpack(revisions[user][1], user, revisions[user][0])
-                if state is None:
-                    stale.append(user)
-                else:
-                    out[user] = state
-        if stale:
-            out |= self._refold(stale, folder)
-        return out
-
-    def history(self, user_id: str) -> list[Event]:
-        """See ``OnlineStore``."""
-        return _log(self._reader(), user_id)
-
-    def delete(self, user_id: str) -> int:
-        """See ``OnlineStore``. The freed pages are overwritten (secure_delete) and the write-ahead log is emptied."""
-        with self._turn, self._errors():
-            with self._transaction():
-                count = self._writer.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
-                self._writer.execute("DELETE FROM states WHERE user_id = ?", (user_id,))
-                self._writer.execute("DELETE FROM users WHERE user_id = ?", (user_id,))
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return count
-
-    def backfill(self, events: pa.Table) -> int:
-        """See ``OnlineStore``. One short transaction per 10,000 events, so that others may write in between."""
-        added = 0
-        for chunk in events_of(events):
-            with self._turn, self._errors(), self._transaction():
-                acks, new = self._insert(chunk)
-                self._update(new)
-                added += sum(ack == Ack.STORED for ack in acks)
-        return added
-
-    def adopt(self, folder: Folder) -> None:
-        """See ``OnlineStore``."""
-        self.folder = folder
-
-    def prune(self, keep: Sequence[Folder]) -> int:
-        """Delete the states of all other features; returns how many."""
-        marks = ", ".join("?" for _ in keep)
-        with self._turn, self._errors(), self._transaction():
-            query = f"DELETE FROM states WHERE digest NOT IN ({marks})"  # noqa: S608  # question marks only
-            return self._writer.execute(query, [folder.digest for folder in keep]).rowcount
-
-    def close(self) -> None:
-        """See ``OnlineStore``."""
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=self._busy, isolation_level=None, check_same_thread=False)
-        self._connections.append(connection)
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA secure_delete=ON")
-        return connection
-
-    def _reader(self) -> sqlite3.Connection:
-        """This thread's connection for reading."""
-        if not hasattr(self._local, "connection"):
-            connection = self._connect()
-            connection.execute("PRAGMA query_only=ON")
-            self._local.connection = connection
-        found: sqlite3.Connection = self._local.connection
-        return found
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._writer.execute("COMMIT")
-        except BaseException:
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-            raise
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise ServeError(f"the online store {self.path} failed: {error}. Check the disk and who locks the file.") from error
-
-    def _commit(self, batch: Sequence[_Waiting]) -> None:
-        try:
-            with self._transaction():
-                acks, new = self._insert([event for work in batch for event in work.events])
-                self._update(new)
-        except BaseException as error:
-            for work in batch:
-                work.error = error
-            if not isinstance(error, Exception):
-                raise
-            return
-        start = 0
-        for work in batch:
-            work.acks = acks[start : start + len(work.events)]
-            start += len(work.events)
-
-    def _insert(self, events: Sequence[Event]) -> tuple[list[Ack], dict[str, list[Event]]]:
-        """Put events in the log; acks in order, and what was new by user."""
-        acks: list[Ack] = []
-        new: dict[str, list[Event]] = {}
-        for e in events:
-            context = json.dumps(dict(e.context)) if e.context else None
-            row = (e.event_id, e.user_id, e.item_id, e.event, e.timestamp, e.value, e.price, e.session_id, e.request_id, context)
-            stored = self._writer.execute(_INSERT, row).rowcount == 1
-            acks.append(Ack.STORED if stored else Ack.DUPLICATE)
-            if stored:
-                new.setdefault(e.user_id, []).append(e)
-        return acks, new
-
-    def _update(self, new: Mapping[str, Sequence[Event]]) -> None:
-        """Bring the states of users up to date with new events, in the open transaction."""
-        if not new:
-            return
-        folder = self.folder
-        found = self._states(self._writer, list(new), folder)
-        held = {user: folder.unpack(blob, user, revision) for user, (revision, blob) in found.items()}
-        held |= {user: folder.empty(user) for user in new if user not in found}
-        states = fold_new(folder, new, held, lambda user: _log(self._writer, user))
-        revision = str(self._writer.execute("UPDATE counter SET value = value + 1 RETURNING value").fetchall()[0][0])
-        self._writer.executemany("INSERT OR REPLACE INTO users VALUES (?, ?)", [(state.user, revision) for state in states])
-        rows = [(state.user, folder.digest, folder.pack(state, revision)) for state in states]
-        self._writer.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", rows)
-
-    def _states(self, connection: sqlite3.Connection, users: Sequence[str], folder: Folder) -> dict[str, tuple[str, bytes | None]]:
-        """Revision and packed state of those users that have events."""
-        out: dict[str, tuple[str, bytes | None]] = {}
-        with self._errors():
-            for start in range(0, len(users), 500):
-                some = users[start : start + 500]
-                marks = ", ".join("?" for _ in some)
-                query = _GET.replace("(?)", f"({marks})")
-                out |= {user: (revision, blob) for user, revision, blob in connection.execute(query, (folder.digest, *some))}
-        return out
-
-    def _refold(self, users: Sequence[str], folder: Folder) -> dict[str, UserState]:
-        """Fold users from their logs, and keep the result if nobody is writing."""
-        reader = self._reader()
-        with self._errors():
-            reader.execute("BEGIN")
-            try:
-                revisions = {user: revision for user, (revision, _) in self._states(reader, users, folder).items()}
-                logs = [_log(reader, user) for user in users]
-            finally:
-                reader.execute("COMMIT")
-        states = folder.advance([folder.empty(user) for user in users], rows_of(logs))
-        if self._turn.acquire(blocking=False):
-            try:
-                self._writer.execute("PRAGMA busy_timeout=0")
-                with contextlib.suppress(sqlite3.Error), self._transaction():
-                    rows = [(state, revisions[state.user]) for state in states if state.user in revisions]
-                    self._writer.executemany(
-                        _KEEP, [(state.user, folder.digest, folder.pack(state, revision), state.user, revision) for state, revision in rows]
-                    )  # fmt: skip
-            finally:
-                self._writer.execute(f"PRAGMA busy_timeout={int(self._busy * 1000)}")
-                self._turn.release()
-        return {state.user: state for state in states}
-
-
-def _log(connection: sqlite3.Connection, user: str) -> list[Event]:
-    return [Event(*(*row[:9], json.loads(row[9] or "{}"))) for row in connection.execute(_LOG, (user,))]
+def heavy_users(events: Sequence[Event], at_least: int = 64) -> list[str]:
+    """Users with so many events in a sorted chunk that their states are better folded now than when first read."""
+    counts: dict[str, int] = {}
+    for event in events:
+        counts[event.user_id] = counts.get(event.user_id, 0) + 1
+    return [user for user, count in counts.items() if count >= at_least]

@@ -1,102 +1,185 @@
-"""The online store of a cluster, on Redis. No scripts; optimistic transactions per user; one round trip to read.
+"""The online store of a cluster, on Redis: one script per user and call, so one round trip for reading and one for appending.
 
-Per user: ``log`` (hash of event id -> event), ``head`` (hash with the revision of the log and the digests that have states) and one
-``state`` string per digest, which expires when it is no longer used: it can always be folded again from the log. Keys of a user
-share a hash slot. An acknowledged event is durable only if Redis says so, hence the check of its append-only file.
+See ``redis_scripts`` for the keys. What changes who is whom (merging, deleting) is computed here and applied by a script that refuses if
+an epoch has changed meanwhile. States expire when they are not refreshed; they can always be folded again from the log. An
+acknowledged event is durable only if Redis says so, hence the check of its append-only file.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgpack
 import pyarrow as pa
 
-from maple.errors import ConfigError, ServeError
+from maple.errors import ServeError
+from maple.features import redis_scripts as scripts
 from maple.features.folder import Folder
-from maple.features.states import UserState
-from maple.features.store import Ack, Event, events_of, fold_new, rows_of
+from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
+from maple.features.redis_link import RedisLink
+from maple.features.states import Attribute, UserState
+from maple.features.store import Ack, Checkpoint, Event, Found, Line, Past, Progress, events_of, heavy_users, in_order, read_states
 from maple.hashing import stable_hash
+from maple.schema import check_id
 
-T = TypeVar("T")
 MAX_ATTEMPTS = 50
-STATE_SECONDS = 14 * 86_400
+_CALL_EVENTS = 500  # of one user in one script
 
 
 class RedisStore:
-    """User events and states in Redis. ``url`` as ``redis://[user:password@]host:port/db`` or ``rediss://`` or ``unix://``.
+    """See ``OnlineStore``; ``url``, ``durable`` and ``timeout`` as ``RedisLink`` takes them.
 
-    ``durable=False`` accepts a Redis that can lose acknowledged events (no append-only file, or not written on every command).
+    States that are not refreshed for ``state_days`` expire. All keys start with ``prefix`` and must be on one server.
     """
 
-    def __init__(self, url: str, folder: Folder, *, prefix: str = "maple", durable: bool = True, timeout: float = 5.0) -> None:
-        try:
-            import redis
-        except ImportError:
-            raise ConfigError("the Redis store needs the package redis: pip install 'maple-rec[redis]'") from None
+    def __init__(
+        self, url: str, folder: Folder, *, prefix: str = "maple", durable: bool = True, timeout: float = 5.0, state_days: float = 14.0
+    ) -> None:  # fmt: skip
         self.folder = folder
-        self._prefix = prefix
-        self._redis = redis
-        try:
-            self._client: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
-        except ValueError as error:
-            raise ConfigError(f"the Redis URL is not usable: {error}. It looks like redis://host:6379/0") from None
-        with self._errors():
-            self._client.ping()
-            if durable:
-                self._check_durable()
+        self._prefix = f"{prefix}:v2"
+        self._blocked = f"{self._prefix}:blocked"
+        self._state_seconds = max(1, int(state_days * 86_400))
+        self._link = RedisLink(url, durable=durable, timeout=timeout)
+        with self._link.errors():
+            self._link.client.set(f"{self._prefix}:salt", secrets.token_hex(16), nx=True)
+            self._salt = self._link.client.get(f"{self._prefix}:salt").decode()
+
+    # -- events --------------------------------------------------------------------------------------------------------
 
     def append(self, events: Sequence[Event]) -> list[Ack]:
-        """See ``OnlineStore``. One transaction per user."""
+        """See ``OnlineStore``. One step per user, all in one round trip."""
         by_user: dict[str, list[int]] = {}
         for place, event in enumerate(events):
             by_user.setdefault(event.check().user_id, []).append(place)
-        acks: list[Ack] = [Ack.DUPLICATE] * len(events)
-        for user, places in by_user.items():
-            stored = self._append(user, [events[place] for place in places])
-            for place, ack in zip(places, stored, strict=True):
-                acks[place] = ack
+        parts = [
+            (user, places[start : start + _CALL_EVENTS])
+            for user, places in by_user.items() for start in range(0, len(places), _CALL_EVENTS)
+        ]  # fmt: skip
+        if not parts:
+            return []
+        epoch = secrets.token_hex(8)
+        calls = []
+        for user, places in parts:
+            packed = [part for place in places for part in (events[place].event_id, _pack(events[place]))]
+            calls.append((self._stem(user), self._blocked, self._hash(user), epoch, *packed))
+        acks: list[Ack] = [Ack.DELETED] * len(events)
+        for (_, places), answer in zip(parts, self._link.run_all(scripts.APPEND, calls), strict=True):
+            if answer != -1:
+                for place, stored in zip(places, answer, strict=True):
+                    acks[place] = Ack.STORED if stored else Ack.DUPLICATE
         return acks
 
     def get(self, user_ids: Sequence[str], folder: Folder | None = None) -> dict[str, UserState]:
         """See ``OnlineStore``."""
-        folder = folder or self.folder
-        with self._errors():
-            pipe = self._client.pipeline(transaction=False)
-            for user in user_ids:
-                pipe.hget(self._key(user, "head"), "revision")
-                pipe.get(self._key(user, folder.digest))
-            answers = pipe.execute()
-        out: dict[str, UserState] = {}
-        for user, revision, blob in zip(user_ids, answers[::2], answers[1::2], strict=True):
-            state = folder.empty(user) if revision is None else folder.unpack(blob, user, revision.decode())
-            out[user] = self._refold(user, folder) if state is None else state
-        return out
+        return read_states(self, user_ids, folder or self.folder)
 
     def history(self, user_id: str) -> list[Event]:
         """See ``OnlineStore``."""
-        with self._errors():
-            return _events(user_id, self._client.hgetall(self._key(user_id, "log")))
+        logs = self._link.run(scripts.LOGS, self._stem(user_id))[2]
+        events = [_event(event, member.decode() or user_id, data) for member, log in logs for event, data in _pairs(log)]
+        return sorted(events, key=lambda event: (*event.order, event.user_id))
 
-    def delete(self, user_id: str) -> int:
+    def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
         """See ``OnlineStore``."""
+        added = done = 0
+        for chunk in events_of(events, rows=5_000):
+            added += self.append(chunk).count(Ack.STORED)
+            self.get(heavy_users(chunk))
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+        return added
 
-        def forget(pipe: Any) -> int:
-            count = int(pipe.hlen(self._key(user_id, "log")))
-            digests = [field.decode() for field in pipe.hkeys(self._key(user_id, "head")) if field != b"revision"]
-            pipe.multi()
-            pipe.delete(*(self._key(user_id, part) for part in ["log", "head", *digests]))
-            pipe.execute()
-            return count
-
-        return self._transact(user_id, forget)
-
-    def backfill(self, events: pa.Table) -> int:
+    def delete(self, user_id: str, *, block: bool = False) -> int:
         """See ``OnlineStore``."""
-        return sum(ack == Ack.STORED for chunk in events_of(events) for ack in self.append(chunk))
+        for _ in range(MAX_ATTEMPTS):
+            ids, _, expected = self._people([user_id])
+            gone = self._regroup(ids, expected, {}, (), forget=True, block=block)
+            if gone >= 0:
+                return gone
+        raise self._busy()
+
+    def expire(self, before: int) -> int:
+        """See ``OnlineStore``. User by user."""
+        gone = 0
+        for key in self._scan("log"):
+            late = []
+            with self._link.errors():
+                for event, data in self._link.client.hscan_iter(key, count=1000):
+                    if msgpack.unpackb(data)[2] < before:
+                        late.append(event)
+            for start in range(0, len(late), 1000):
+                gone += self._link.run(scripts.DROP, key.removesuffix(":log"), secrets.token_hex(8), *late[start : start + 1000])
+        return gone
+
+    # -- people --------------------------------------------------------------------------------------------------------
+
+    def describe(self, user_id: str, attributes: Mapping[str, Attribute]) -> Ack:
+        """See ``OnlineStore``."""
+        told = check_attributes(attributes, f"user {check_id(user_id, 'user_id')!r}")
+        return Ack.DELETED if self._tell([(user_id, told)], only_new=False)[0] == -1 else Ack.STORED
+
+    def attributes(self, user_id: str) -> dict[str, Attribute]:
+        """See ``OnlineStore``."""
+        return dict(self.find([user_id], "")[0].attributes)
+
+    def backfill_users(self, users: pa.Table, progress: Progress | None = None) -> int:
+        """See ``OnlineStore``."""
+        done = 0
+        for batch in users.to_batches(2_000):
+            told = []
+            for row in plain_rows(pa.Table.from_batches([batch])):
+                user = check_id(str(row.pop("user_id")), "user_id")
+                row = {name: value for name, value in row.items() if value is not None}
+                told.append((user, check_attributes(row, f"user {user!r}")))
+            self._tell(told, only_new=True)
+            done += batch.num_rows
+            if progress is not None:
+                progress(done)
+        return done
+
+    def merge(self, user_ids: Sequence[str], into: str) -> int:
+        """See ``OnlineStore``. One step for all of them; both histories are one from then on, or nothing is changed."""
+        asked = check_links(user_ids, into)
+        for _ in range(MAX_ATTEMPTS):
+            blocked = self._are_blocked([into, *(alias for alias, _ in asked)])
+            told = [link for link in asked if not blocked.intersection(link)]
+            if not told:
+                return 0
+            ids, links, expected = self._people([each for link in told for each in link])
+            if set(told) <= links:
+                return 0
+            before = len(self._people([into])[0])
+            links.update(told)
+            found = groups(ids, links)
+            for group in found.values():
+                check_group(group, links)
+            if self._regroup(ids, expected, found, links) >= 0:
+                return len(ids) - before
+        raise self._busy()
+
+    def unmerge(self, alias: str) -> int:
+        """See ``OnlineStore``."""
+        for _ in range(MAX_ATTEMPTS):
+            ids, links, expected = self._people([alias])
+            left = {link for link in links if link[0] != alias}
+            if len(left) == len(links) or self._regroup(ids, expected, groups(ids, left), left) >= 0:
+                return len(links) - len(left)
+        raise self._busy()
+
+    def aliases(self, user_id: str) -> list[str]:
+        """See ``OnlineStore``."""
+        return sorted(self._people([user_id])[0])
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    def prune(self, keep: Sequence[Folder]) -> int:
+        """See ``OnlineStore``. What was not refreshed for long is gone by itself."""
+        kept = {folder.digest for folder in keep}
+        calls = [pair for pair in (key.rsplit(":state:", 1) for key in self._scan("state:*")) if pair[1] not in kept]
+        return sum(sum(self._link.run_all(scripts.UNKEEP, calls[start : start + 1000])) for start in range(0, len(calls), 1000))
 
     def adopt(self, folder: Folder) -> None:
         """See ``OnlineStore``."""
@@ -104,98 +187,98 @@ class RedisStore:
 
     def close(self) -> None:
         """See ``OnlineStore``."""
-        self._client.close()
+        self._link.close()
+
+    # -- what reading needs --------------------------------------------------------------------------------------------
+
+    def find(self, user_ids: Sequence[str], digest: str) -> list[Found]:
+        """See ``Backend``."""
+        out = []
+        answers = self._link.run_all(scripts.FIND, [(self._stem(user), digest) for user in user_ids])
+        for user, (person, epoch, count, covered, blob, pending, about) in zip(user_ids, answers, strict=True):
+            goes_by = user if person is None else person.decode()
+            told = [(member.decode(), name.decode(), json.loads(value)) for member, pairs in about for name, value in _pairs(pairs)]
+            lines = [_line(event, data) for event, data in _pairs(pending)]
+            out.append(Found(goes_by, (epoch or b"").decode(), blob, covered, count, lines, one_of_all(told, goes_by)))
+        return out
+
+    def pasts(self, people: Sequence[str]) -> list[Past]:
+        """See ``Backend``."""
+        out = []
+        for epoch, count, logs in self._link.run_all(scripts.LOGS, [(self._stem(person),) for person in people]):
+            lines = in_order((_line(event, data) for _, log in logs for event, data in _pairs(log)), once=len(logs) > 1)
+            out.append(Past((epoch or b"").decode(), count, lines))
+        return out
+
+    def keep(self, checkpoints: Sequence[Checkpoint], digest: str) -> None:
+        """See ``Backend``."""
+        life = self._state_seconds
+        self._link.run_all(
+            scripts.KEEP, [(self._stem(each.person), digest, each.epoch, each.place, each.blob, life) for each in checkpoints]
+        )
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _key(self, user: str, part: str) -> str:
-        return f"{self._prefix}:{{{stable_hash('redis', user):016x}}}:{part}:{user}"
+    def _stem(self, user: str) -> str:
+        return f"{self._prefix}:{stable_hash('redis', user):016x}:{user}"
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self._redis.RedisError as error:
-            raise ServeError(f"Redis failed ({type(error).__name__}: {error}). Check that it runs and is not out of memory.") from error
+    def _hash(self, user: str) -> str:
+        return f"{stable_hash(self._salt, user):016x}"
 
-    def _check_durable(self) -> None:
-        """``ConfigError`` where an acknowledged event could be lost with the machine."""
-        fix = "or set `durable: false` for the online store if losing events is acceptable."
-        if not self._client.info("persistence").get("aof_enabled"):
-            raise ConfigError(
-                "this Redis has no append-only file, so acknowledged events could be lost. Start it with "
-                f"`--appendonly yes --appendfsync always`, {fix}"
-            )
-        try:
-            policy = self._client.config_get("appendfsync").get("appendfsync")
-        except self._redis.ResponseError:
-            policy = None
-        if policy != "always":
-            raise ConfigError(
-                f"this Redis writes its append-only file by policy {policy or 'unknown'}, so acknowledged events could be lost. "
-                f"Set `appendfsync always`, {fix}"
-            )
+    def _are_blocked(self, users: Sequence[str]) -> set[str]:
+        with self._link.errors():
+            found = self._link.client.smismember(self._blocked, [self._hash(user) for user in users])
+        return {user for user, yes in zip(users, found, strict=True) if yes}
 
-    def _transact(self, user: str, work: Callable[[Any], T]) -> T:
-        """Run ``work`` on a pipeline that watches the user's head, again while others change it."""
-        with self._errors():
-            for _ in range(MAX_ATTEMPTS):
-                with self._client.pipeline() as pipe:
-                    try:
-                        pipe.watch(self._key(user, "head"))
-                        return work(pipe)
-                    except self._redis.WatchError:
-                        continue
-        raise ServeError(f"one user's events are written by too many at once ({MAX_ATTEMPTS} attempts failed); send them again")
+    def _scan(self, part: str) -> Iterator[str]:
+        """The keys of all users for one part."""
+        literal = "".join("\\" + letter if letter in "*?[]\\" else letter for letter in self._prefix)
+        with self._link.errors():
+            for key in self._link.client.scan_iter(f"{literal}:*:{part}", count=1000):
+                yield key.decode()
 
-    def _append(self, user: str, events: Sequence[Event]) -> list[Ack]:
-        folder = self.folder
-        log, head, place = self._key(user, "log"), self._key(user, "head"), self._key(user, folder.digest)
+    def _tell(self, told: Sequence[tuple[str, Mapping[str, Attribute]]], *, only_new: bool) -> list[int]:
+        calls = []
+        for user, row in told:
+            pairs = [part for name, value in row.items() for part in (name, "" if value is None else json.dumps(value))]
+            calls.append((self._stem(user), self._blocked, self._hash(user), int(only_new), *pairs))
+        return self._link.run_all(scripts.DESCRIBE, calls) if calls else []
 
-        def store(pipe: Any) -> list[Ack]:
-            known = pipe.hmget(log, [event.event_id for event in events])
-            acks, new = [], {}
-            for event, held in zip(events, known, strict=True):
-                fresh = held is None and event.event_id not in new
-                acks.append(Ack.STORED if fresh else Ack.DUPLICATE)
-                if fresh:
-                    new[event.event_id] = event
-            if not new:
-                return acks
-            revision = pipe.hget(head, "revision")
-            old = folder.empty(user) if revision is None else folder.unpack(pipe.get(place), user, revision.decode())
+    def _people(self, user_ids: Sequence[str]) -> tuple[dict[str, str], set[Link], list[tuple[str, str]]]:
+        """All ids of the people that these belong to with their stems, the links between them, and the epochs of these people."""
+        ids: dict[str, str] = {}
+        links: set[Link] = set()
+        expected = {}
+        answers = self._link.run_all(scripts.PERSON, [(self._stem(user),) for user in user_ids])
+        for user, (epoch, members, told, _, stem) in zip(user_ids, answers, strict=True):
+            ids |= dict(msgpack.unpackb(members)) if members else {user: self._stem(user)}
+            links |= {(alias, into) for alias, into in msgpack.unpackb(told)} if told else set()
+            expected[stem.decode()] = (epoch or b"").decode()
+        return ids, links, list(expected.items())
 
-            def whole(_: str) -> list[Event]:
-                stored = _events(user, pipe.hgetall(log))
-                return sorted([*stored, *new.values()], key=lambda event: event.order)
+    def _regroup(
+        self, ids: Mapping[str, str], expected: Sequence[tuple[str, str]], found: Mapping[str, Sequence[str]], links: Collection[Link],
+        *, forget: bool = False, block: bool = False,
+    ) -> int:  # fmt: skip
+        """Make people of ids, if their epochs are as expected and none that is linked was deleted for good; -1 if not."""
+        made = []
+        for person, group in found.items():
+            inside = [link for link in sorted(links) if link[0] in group]
+            made.append((person, ids[person], [(each, ids[each]) for each in group], inside))
+        order = {
+            "expected": expected, "ids": list(ids.items()), "groups": made, "epoch": secrets.token_hex(8), "forget": forget,
+            "blocked": self._blocked, "block": [self._hash(each) for each in ids if block],
+            "refuse": [self._hash(each) for each in ids if links],
+        }  # fmt: skip
+        return int(self._link.run(scripts.REGROUP, msgpack.packb(order)))
 
-            state = fold_new(folder, {user: list(new.values())}, {user: old}, whole)[0]
-            # a revision is never used twice, so a state of a log that was deleted meanwhile cannot come back
-            mark = secrets.token_hex(8)
-            pipe.multi()
-            pipe.hset(log, mapping={event.event_id: _pack(event) for event in new.values()})
-            pipe.hset(head, mapping={"revision": mark, folder.digest: ""})
-            pipe.set(place, folder.pack(state, mark), ex=STATE_SECONDS)
-            pipe.execute()
-            return acks
+    @staticmethod
+    def _busy() -> ServeError:
+        return ServeError(f"the ids of one person are changed by too many at once ({MAX_ATTEMPTS} attempts failed); try again")
 
-        return self._transact(user, store)
 
-    def _refold(self, user: str, folder: Folder) -> UserState:
-        """Fold a user from the log and keep the result."""
-        log, head = self._key(user, "log"), self._key(user, "head")
-
-        def fold(pipe: Any) -> UserState:
-            revision = pipe.hget(head, "revision")
-            state = folder.advance([folder.empty(user)], rows_of([_events(user, pipe.hgetall(log))]))[0]
-            if revision is not None:
-                pipe.multi()
-                pipe.hset(head, folder.digest, "")
-                pipe.set(self._key(user, folder.digest), folder.pack(state, revision.decode()), ex=STATE_SECONDS)
-                pipe.execute()
-            return state
-
-        return self._transact(user, fold)
+def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return zip(flat[::2], flat[1::2], strict=True)
 
 
 def _pack(event: Event) -> bytes:
@@ -205,10 +288,11 @@ def _pack(event: Event) -> bytes:
     return packed
 
 
-def _events(user: str, log: dict[bytes, bytes]) -> list[Event]:
-    """A user's log in order."""
-    events = []
-    for key, data in log.items():
-        item, kind, time, value, price, session, request, context = msgpack.unpackb(data)
-        events.append(Event(key.decode(), user, item, kind, time, value, price, session, request, context))
-    return sorted(events, key=lambda event: event.order)
+def _line(event: bytes, data: bytes) -> Line:
+    item, kind, time, value, price, *_ = msgpack.unpackb(data)
+    return event.decode(), item, kind, time, value, price
+
+
+def _event(event: bytes, user: str, data: bytes) -> Event:
+    item, kind, time, value, price, session, request, context = msgpack.unpackb(data)
+    return Event(event.decode(), user, item, kind, time, value, price, session, request, context)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from maple.artifacts import Place
 from maple.errors import ConfigError
 from maple.features.folder import Folder
-from maple.features.store import OnlineStore, SqliteStore
+from maple.features.store import OnlineStore
+from maple.features.store_sqlite import SqliteStore
 from maple.serve.settings import ServeSettings
 
 

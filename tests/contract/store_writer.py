@@ -10,7 +10,8 @@ from maple.data.dataset import Vocab
 from maple.features.catalogue import Catalogue
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
-from maple.features.store import Event, SqliteStore
+from maple.features.store import Event
+from maple.features.store_sqlite import SqliteStore
 
 store = SqliteStore(sys.argv[1], Folder(FeatureSpec(), Catalogue.from_table(Vocab(ITEMS["item_id"].combine_chunks()), ITEMS)))
 number = 0

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import redis
 from needs import require
 from shop import ITEMS, T0, table
 
@@ -28,8 +29,9 @@ from maple.features.fold import DAY
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
 from maple.features.states import KEYED, UserState
-from maple.features.store import Ack, Event, OnlineStore, SqliteStore, rows_of
+from maple.features.store import Ack, Event, OnlineStore, rows_of
 from maple.features.store_redis import RedisStore
+from maple.features.store_sqlite import SqliteStore
 from maple.features.view import Key
 
 CATALOGUE = Catalogue.from_table(Vocab(ITEMS["item_id"].combine_chunks()), ITEMS)
@@ -220,8 +222,8 @@ class TestSqlite(StoreSuite):
         return lambda folder: SqliteStore(tmp_path / "store.db", folder)
 
     def test_it_is_written_through_to_disk(self, store: SqliteStore) -> None:
-        assert store._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert store._file.writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert store._file.writer.execute("PRAGMA synchronous").fetchone() == (2,)
         assert os.stat(store.path).st_mode & 0o077 == 0
 
     def test_callers_at_the_same_time_share_commits(self, store: SqliteStore) -> None:
@@ -232,8 +234,8 @@ class TestSqlite(StoreSuite):
             nonlocal commits
             commits += statement == "COMMIT"
 
-        store._writer.set_trace_callback(count)
-        with store._turn:  # everyone waits for the one who is committing
+        store._file.writer.set_trace_callback(count)
+        with store._file.turn:  # everyone waits for the one who is committing
             threads = [threading.Thread(target=store.append, args=([event],)) for event in made]
             for thread in threads:
                 thread.start()
@@ -247,15 +249,17 @@ class TestSqlite(StoreSuite):
     def test_damaged_and_foreign_states_are_folded_again(self, store: SqliteStore) -> None:
         made = events()
         store.append(made)
+        store.get(["u0", "u1", "u2"])
         with sqlite3.connect(store.path) as raw:
-            other = raw.execute("SELECT blob FROM states WHERE user_id = 'u1'").fetchone()[0]
-            raw.execute("UPDATE states SET blob = ? WHERE user_id = 'u0'", (other,))
-            raw.execute("UPDATE states SET blob = x'00ff00ff00ff' WHERE user_id = 'u1'")
-            raw.execute("DELETE FROM states WHERE user_id = 'u2'")
+            assert raw.execute("SELECT count(*) FROM states").fetchone() == (3,)
+            other = raw.execute("SELECT blob FROM states WHERE person = 'u1'").fetchone()[0]
+            raw.execute("UPDATE states SET blob = ? WHERE person = 'u0'", (other,))
+            raw.execute("UPDATE states SET blob = x'00ff00ff00ff' WHERE person = 'u1'")
+            raw.execute("DELETE FROM states WHERE person = 'u2'")
         for _ in range(2):
             for user in ("u0", "u1", "u2"):
                 check_same(store.get([user])[user], clean(made, user))
-        assert store._writer.execute("SELECT count(*) FROM states WHERE length(blob) > 6").fetchone() == (3,)
+        assert store._file.writer.execute("SELECT count(*) FROM states WHERE length(blob) > 6").fetchone() == (3,)
 
     def test_a_deleted_user_is_not_in_the_file(self, store: SqliteStore) -> None:
         canary = "canary-77f1"
@@ -267,7 +271,7 @@ class TestSqlite(StoreSuite):
 
     def test_a_file_that_is_not_a_store_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "junk.db").write_bytes(b"not a database, by far" * 200)
-        with pytest.raises(ArtifactError, match="cannot be opened as an online store"):
+        with pytest.raises(ArtifactError, match="cannot be opened as the online store"):
             SqliteStore(tmp_path / "junk.db", FOLDER)
         with sqlite3.connect(tmp_path / "new.db") as raw:
             raw.execute("PRAGMA user_version=99")
@@ -366,7 +370,7 @@ class TestRedis(StoreSuite):
     def test_reading_is_one_round_trip(self, store: RedisStore) -> None:
         store.append(events())
         trips = 0
-        send = store._redis.connection.Connection.send_packed_command
+        send = redis.connection.Connection.send_packed_command
 
         def counted(self: object, *args: object, **kwargs: object) -> object:
             nonlocal trips
@@ -374,30 +378,38 @@ class TestRedis(StoreSuite):
             return send(self, *args, **kwargs)
 
         try:
-            store._redis.connection.Connection.send_packed_command = counted
+            redis.connection.Connection.send_packed_command = counted
             assert {state.size > 0 for state in store.get(["u0", "u1", "u2"]).values()} == {True}
         finally:
-            store._redis.connection.Connection.send_packed_command = send
+            redis.connection.Connection.send_packed_command = send
         assert trips == 1
 
     def test_damaged_and_foreign_states_are_folded_again(self, store: RedisStore) -> None:
         made = events()
         store.append(made)
-        places = {user: store._key(user, FOLDER.digest) for user in ("u0", "u1", "u2")}
-        store._client.set(places["u0"], store._client.get(places["u1"]))
-        store._client.set(places["u1"], b"\x00\xff")
-        store._client.delete(places["u2"])
+        store.get(["u0", "u1", "u2"])
+        client = store._link.client
+        places = {user: f"{store._stem(user)}:state:{FOLDER.digest}" for user in ("u0", "u1", "u2")}
+        client.hset(places["u0"], "blob", client.hget(places["u1"], "blob"))
+        client.hset(places["u1"], "blob", b"\x00\xff")
+        client.delete(places["u2"])
         for user, place in places.items():
             check_same(store.get([user])[user], clean(made, user))
-            revision = store._client.hget(store._key(user, "head"), "revision").decode()
-            assert FOLDER.unpack(store._client.get(place), user, revision) is not None
+            epoch, count, blob = client.hmget(place, "epoch", "count", "blob")
+            assert FOLDER.unpack(blob, user, f"{epoch.decode()}:{count.decode()}") is not None
 
     def test_a_deleted_user_has_no_keys(self, store: RedisStore) -> None:
         store.append([replace(event, user_id="canary-77f1") for event in events(20)])
-        store.get(["canary-77f1"], OTHER)
-        assert len(store._client.keys("*canary-77f1*")) == 4
-        store.delete("canary-77f1")
-        assert store._client.keys("*canary-77f1*") == []
+        for folder in (FOLDER, OTHER):
+            store.get(["canary-77f1"], folder)
+        store.append([Event("one more", "canary-77f1", "cup", "view", T0)])
+        store.describe("canary-77f1", {"age": 7})
+        parts = ["about", "head", "log", "recent", f"state:{FOLDER.digest}", f"state:{OTHER.digest}"]
+        client = store._link.client
+        assert sorted(key.decode().split(":", 4)[-1] for key in client.keys("*canary-77f1*")) == sorted(parts)
+        store.delete("canary-77f1", block=True)
+        assert client.keys("*canary-77f1*") == []
+        assert not any(b"canary-77f1" in member for member in client.smembers(store._blocked))
 
     def test_no_redis_is_an_error_that_says_so(self) -> None:
         with pytest.raises(ServeError, match="Redis failed"):

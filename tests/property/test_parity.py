@@ -21,7 +21,8 @@ from maple.features.folder import Folder
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.states import StateReader, hydrate
-from maple.features.store import Event, SqliteStore
+from maple.features.store import Event
+from maple.features.store_sqlite import SqliteStore
 from maple.features.ticks import ItemReader, ItemTimeline, StoredItems, partials
 from maple.features.views import VIEWS
 

@@ -24,7 +24,8 @@ from maple.errors import DataError
 from maple.evaluate.harness import Relevant, relevant_of
 from maple.features.build import build_local
 from maple.features.spec import FeatureSpec
-from maple.features.store import Event, SqliteStore
+from maple.features.store import Event
+from maple.features.store_sqlite import SqliteStore
 from maple.features.ticks import ItemTimeline
 from maple.hashing import rng
 from maple.models.base import Array, FitContext, Metrics, Retriever, State

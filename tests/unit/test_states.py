@@ -13,7 +13,7 @@ from maple.features.folder import Folder
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.states import KEYED, StateReader, UserState
-from maple.features.store import Event, fold_new, rows_of
+from maple.features.store import Event, rows_of
 from maple.features.view import Key
 
 SPEC = FeatureSpec(history_limit=3)
@@ -56,19 +56,6 @@ def test_a_state_keeps_the_last_events_and_folds_all() -> None:
 def test_folding_in_pieces_is_folding_at_once(cut: int) -> None:
     part = FOLDER.advance([FOLDER.empty("u")], rows_of([EVENTS[:cut]]))
     same(FOLDER.advance(part, rows_of([EVENTS[cut:]]))[0], folded())
-
-
-def test_a_late_event_folds_the_whole_log_again() -> None:
-    early, late = [EVENTS[0], EVENTS[3]], [EVENTS[2], EVENTS[1]]
-    held = FOLDER.advance([FOLDER.empty("u")], rows_of([early]))[0]
-    asked = []
-
-    def log(user: str) -> list[Event]:
-        asked.append(user)
-        return EVENTS
-
-    same(fold_new(FOLDER, {"u": late}, {"u": held}, log)[0], folded())
-    assert asked == ["u"]
 
 
 def test_many_users_at_once_are_as_one_by_one() -> None:

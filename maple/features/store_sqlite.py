@@ -1,0 +1,420 @@
+"""The embedded online store: one SQLite file, for one node, any number of threads and processes.
+
+Callers that append at the same time share a commit: whoever gets the write lock commits for all who wait. Every commit has a number
+(``seq``) that its events carry, so what a stored state lacks is found by index. A person's epoch is the number of the commit that last
+changed their log in another way than by appending; a state of another epoch is never taken for the current one.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from maple.errors import ServeError
+from maple.features.folder import Folder
+from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
+from maple.features.sqlite_file import SqliteFile
+from maple.features.states import Attribute, UserState
+from maple.features.store import Ack, Checkpoint, Event, Found, Line, Past, Progress, events_of, heavy_users, in_order, read_states
+from maple.hashing import stable_hash
+from maple.schema import check_id
+
+_VERSION = 2
+_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS events (
+       user_id TEXT NOT NULL, event_id TEXT NOT NULL, seq INTEGER NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL,
+       event TEXT NOT NULL, value REAL, price REAL, session_id TEXT, request_id TEXT, context TEXT,
+       PRIMARY KEY (user_id, event_id)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS events_by_seq ON events (user_id, seq)",
+    "CREATE TABLE IF NOT EXISTS people (person TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID",
+    # only of people who have several ids
+    "CREATE TABLE IF NOT EXISTS members (user_id TEXT PRIMARY KEY, person TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS members_by_person ON members (person)",
+    "CREATE TABLE IF NOT EXISTS links (alias TEXT NOT NULL, target TEXT NOT NULL, PRIMARY KEY (alias, target)) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS states (
+       person TEXT NOT NULL, digest TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL, written INTEGER NOT NULL,
+       blob BLOB NOT NULL, PRIMARY KEY (person, digest))""",
+    """CREATE TABLE IF NOT EXISTS attributes (
+       user_id TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (user_id, name)) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS blocked (hash TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS counter (one INTEGER PRIMARY KEY CHECK (one = 1), value INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO counter VALUES (1, 0)",
+    "CREATE TABLE IF NOT EXISTS salt (one INTEGER PRIMARY KEY CHECK (one = 1), value TEXT NOT NULL)",
+)
+_COLUMNS = "user_id, event_id, seq, timestamp, item_id, event, value, price, session_id, request_id, context"
+_LINE = "e.event_id, e.item_id, e.event, e.timestamp, e.value, e.price"
+_INSERT = f"INSERT OR IGNORE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants only
+_FIND = """
+SELECT q.value, ifnull(m.person, q.value), p.epoch, s.seq, s.blob, (SELECT json_group_array(user_id) FROM members WHERE person = m.person)
+FROM json_each(?) q LEFT JOIN members m ON m.user_id = q.value LEFT JOIN people p ON p.person = ifnull(m.person, q.value)
+LEFT JOIN states s ON s.person = p.person AND s.digest = ? AND s.epoch = p.epoch"""
+_SINCE = f"""
+SELECT json_extract(q.value, '$[0]'), e.seq, {_LINE}
+FROM json_each(?) q CROSS JOIN events e ON e.user_id = json_extract(q.value, '$[1]') AND e.seq > json_extract(q.value, '$[2]')"""  # noqa: S608
+_PAST = f"SELECT e.seq, {_LINE} FROM events e WHERE e.user_id IN (SELECT value FROM json_each(?))"  # noqa: S608
+_TOLD = "SELECT user_id, name, value FROM attributes WHERE user_id IN (SELECT value FROM json_each(?))"
+_KEEP = """
+INSERT OR REPLACE INTO states SELECT ?1, ?2, ?3, ?4, ?5, ?6
+WHERE EXISTS (SELECT 1 FROM people WHERE person = ?1 AND epoch = ?3)
+AND NOT EXISTS (SELECT 1 FROM states WHERE person = ?1 AND digest = ?2 AND epoch = ?3 AND seq > ?4)"""
+# an alias that sends what another id of the same person has sent already: the log grew by nothing new
+_CLASH = """
+UPDATE people SET epoch = ?1 WHERE person = ?2 AND EXISTS (
+  SELECT 1 FROM members m JOIN events e ON e.user_id = m.user_id WHERE m.person = ?2 AND m.user_id <> ?3 AND e.event_id = ?4)"""
+_EPOCH = "INSERT OR IGNORE INTO people SELECT ?1, ?2 WHERE EXISTS (SELECT 1 FROM events WHERE user_id = ?1)"
+
+
+def _from_version_1(connection: sqlite3.Connection) -> None:
+    """Events without numbers, states with another idea of what they cover."""
+    for table in ("states", "users"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.execute("ALTER TABLE events RENAME TO old_events")
+    connection.execute(_SCHEMA[0])
+    names = _COLUMNS.replace("seq", "0")
+    connection.execute(f"INSERT INTO events ({_COLUMNS}) SELECT {names} FROM old_events")  # noqa: S608  # constants only
+    connection.execute("DROP TABLE old_events")
+    connection.execute(_SCHEMA[2])
+    connection.execute("INSERT INTO people SELECT DISTINCT user_id, 0 FROM events")
+
+
+class _Waiting:
+    """Work of one caller, waiting for a commit."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+        self.acks: list[Ack] | None = None
+        self.error: BaseException | None = None
+
+
+class SqliteStore:
+    """See ``OnlineStore``. ``state_days``: states that were not refreshed for so long are dropped by ``prune``."""
+
+    def __init__(self, path: str | Path, folder: Folder, *, busy_seconds: float = 10.0, state_days: float = 14.0) -> None:
+        self.folder = folder
+        self._state_days = state_days
+        self._queue: list[_Waiting] = []
+        self._queue_lock = threading.Lock()
+        self._file = SqliteFile(path, "the online store", _VERSION, _SCHEMA, {1: _from_version_1}, busy_seconds)
+        with self._file.write() as writer:
+            writer.execute("INSERT OR IGNORE INTO salt VALUES (1, ?)", (secrets.token_hex(16),))
+            self._salt = str(writer.execute("SELECT value FROM salt").fetchone()[0])
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def append(self, events: Sequence[Event]) -> list[Ack]:
+        """See ``OnlineStore``."""
+        work = _Waiting([event.check() for event in events])
+        if not work.events:
+            return []
+        with self._queue_lock:
+            self._queue.append(work)
+        with self._file.turn:
+            if work.acks is None and work.error is None:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        if work.error is not None:
+            raise ServeError(f"the events could not be stored in {self.path}: {work.error}. Send them again.")
+        assert work.acks is not None, "a commit answers everyone in its batch"
+        return work.acks
+
+    def get(self, user_ids: Sequence[str], folder: Folder | None = None) -> dict[str, UserState]:
+        """See ``OnlineStore``."""
+        return read_states(self, user_ids, folder or self.folder)
+
+    def history(self, user_id: str) -> list[Event]:
+        """See ``OnlineStore``."""
+        with self._file.read() as reader:
+            ids = _members(reader, user_id)
+            query = f"SELECT {_COLUMNS} FROM events WHERE user_id IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants only
+            rows = reader.execute(query, (json.dumps(ids),)).fetchall()
+        events = [
+            Event(event, user, item, kind, at, value, price, session, request, json.loads(context or "{}"))
+            for user, event, _, at, item, kind, value, price, session, request, context in rows
+        ]
+        return sorted(events, key=lambda event: (*event.order, event.user_id))
+
+    def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
+        """See ``OnlineStore``. One transaction per 10,000 events, so that others may write in between; long pasts are folded at once."""
+        added = done = 0
+        for chunk in events_of(events):
+            with self._file.write() as writer:
+                added += self._insert(writer, chunk).count(Ack.STORED)
+            self.get(heavy_users(chunk))
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+        return added
+
+    def delete(self, user_id: str, *, block: bool = False) -> int:
+        """See ``OnlineStore``. The freed pages are overwritten (secure_delete) and the write-ahead log is emptied."""
+        with self._file.write() as writer:
+            ids = _members(writer, user_id)
+            marks = json.dumps(ids)
+            count = writer.execute("DELETE FROM events WHERE user_id IN (SELECT value FROM json_each(?))", (marks,)).rowcount
+            writer.execute("DELETE FROM attributes WHERE user_id IN (SELECT value FROM json_each(?))", (marks,))
+            self._regroup(writer, ids, {})
+            if block:
+                writer.executemany("INSERT OR IGNORE INTO blocked VALUES (?)", [(self._hash(each),) for each in ids])
+        self._file.scrub()
+        return count
+
+    def expire(self, before: int) -> int:
+        """See ``OnlineStore``. One transaction per 500 users."""
+        with self._file.read() as reader:
+            users = [row[0] for row in reader.execute("SELECT DISTINCT user_id FROM events WHERE timestamp < ?", (before,))]
+        gone = 0
+        for start in range(0, len(users), 500):
+            some = users[start : start + 500]
+            with self._file.write() as writer:
+                epoch = _next(writer)
+                for user in some:
+                    gone += writer.execute("DELETE FROM events WHERE user_id = ? AND timestamp < ?", (user, before)).rowcount
+                    person = _person(writer, user)
+                    writer.execute("DELETE FROM states WHERE person = ?", (person,))
+                    writer.execute("DELETE FROM people WHERE person = ?", (person,))
+                    if person != user or not writer.execute(_EPOCH, (user, epoch)).rowcount:
+                        writer.execute("INSERT OR IGNORE INTO people SELECT person, ? FROM members WHERE user_id = ?", (epoch, user))
+        if users:
+            self._file.scrub()
+        return gone
+
+    # -- people --------------------------------------------------------------------------------------------------------
+
+    def describe(self, user_id: str, attributes: Mapping[str, Attribute]) -> Ack:
+        """See ``OnlineStore``."""
+        told = check_attributes(attributes, f"user {check_id(user_id, 'user_id')!r}")
+        with self._file.write() as writer:
+            if self._blocked(writer, [user_id]):
+                return Ack.DELETED
+            rows = [(user_id, name, json.dumps(value)) for name, value in told.items() if value is not None]
+            writer.executemany("INSERT OR REPLACE INTO attributes VALUES (?, ?, ?)", rows)
+            gone = [(user_id, name) for name, value in told.items() if value is None]
+            # whichever id it was said of
+            writer.executemany(
+                "DELETE FROM attributes WHERE name = ?2 AND user_id IN (SELECT ?1 UNION SELECT o.user_id FROM members m "
+                "JOIN members o ON o.person = m.person WHERE m.user_id = ?1)",
+                gone,
+            )
+        return Ack.STORED
+
+    def attributes(self, user_id: str) -> dict[str, Attribute]:
+        """See ``OnlineStore``."""
+        return dict(self.find([user_id], "")[0].attributes)
+
+    def backfill_users(self, users: pa.Table, progress: Progress | None = None) -> int:
+        """See ``OnlineStore``. One transaction per 10,000 users."""
+        done = 0
+        for batch in users.to_batches(10_000):
+            told = {}
+            for row in plain_rows(pa.Table.from_batches([batch])):
+                user = str(row.pop("user_id"))
+                told[user] = check_attributes(row, f"user {check_id(user, 'user_id')!r}")
+            with self._file.write() as writer:
+                blocked = self._blocked(writer, told)
+                rows = [
+                    (user, name, json.dumps(value))
+                    for user, row in told.items() if user not in blocked
+                    for name, value in row.items() if value is not None
+                ]  # fmt: skip
+                writer.executemany("INSERT OR IGNORE INTO attributes VALUES (?, ?, ?)", rows)
+            done += batch.num_rows
+            if progress is not None:
+                progress(done)
+        return done
+
+    def merge(self, user_ids: Sequence[str], into: str) -> int:
+        """See ``OnlineStore``."""
+        told = check_links(user_ids, into)
+        with self._file.write() as writer:
+            blocked = self._blocked(writer, [into, *(alias for alias, _ in told)])
+            told = [link for link in told if not blocked.intersection(link)]
+            ids = {each for link in told for member in link for each in _members(writer, member)}
+            before = len(_members(writer, into))
+            links = _links(writer, ids)
+            if not ids or set(told) <= links:
+                return 0
+            links.update(told)
+            found = groups(ids, links)
+            for group in found.values():
+                check_group(group, links)
+            self._regroup(writer, ids, found, links)
+            return len(ids) - before
+
+    def unmerge(self, alias: str) -> int:
+        """See ``OnlineStore``."""
+        with self._file.write() as writer:
+            ids = _members(writer, alias)
+            links = _links(writer, ids)
+            left = {link for link in links if link[0] != alias}
+            if len(left) < len(links):
+                self._regroup(writer, ids, groups(ids, left), left)
+            return len(links) - len(left)
+
+    def aliases(self, user_id: str) -> list[str]:
+        """See ``OnlineStore``."""
+        with self._file.read() as reader:
+            return _members(reader, user_id)
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    def prune(self, keep: Sequence[Folder]) -> int:
+        """See ``OnlineStore``."""
+        oldest = time.time() - self._state_days * 86_400
+        with self._file.write() as writer:
+            query = "DELETE FROM states WHERE digest NOT IN (SELECT value FROM json_each(?)) OR written < ?"
+            return writer.execute(query, (json.dumps([folder.digest for folder in keep]), oldest)).rowcount
+
+    def adopt(self, folder: Folder) -> None:
+        """See ``OnlineStore``."""
+        self.folder = folder
+
+    def close(self) -> None:
+        """See ``OnlineStore``."""
+        self._file.close()
+
+    # -- what reading needs --------------------------------------------------------------------------------------------
+
+    def find(self, user_ids: Sequence[str], digest: str) -> list[Found]:
+        """See ``Backend``. Three statements, whatever the number of users."""
+        with self._file.read() as reader:
+            rows = reader.execute(_FIND, (json.dumps(list(user_ids)), digest)).fetchall()
+            ids = {user: json.loads(members) if members and members != "[]" else [user] for user, *_, members in rows}
+            told: dict[str, list[tuple[str, str, Attribute]]] = {}
+            for user, name, value in reader.execute(_TOLD, (json.dumps(sorted({each for group in ids.values() for each in group})),)):
+                told.setdefault(user, []).append((user, name, json.loads(value)))
+            asked = [(person, each, seq) for user, person, _, seq, blob, _ in rows if blob is not None for each in ids[user]]
+            since: dict[str, list[tuple[Any, ...]]] = {}
+            if asked:
+                for person, *row in reader.execute(_SINCE, (json.dumps(list(dict.fromkeys(asked))),)):
+                    since.setdefault(person, []).append(tuple(row))
+        out = []
+        for user, person, epoch, seq, blob, _ in rows:
+            new = since.get(person, [])
+            place = max((row[0] for row in new), default=seq or 0)
+            pending: list[Line] = [row[1:] for row in new]  # type: ignore[misc]  # the columns of _LINE
+            attributes = one_of_all([each for member in ids[user] for each in told.get(member, ())], person)
+            out.append(Found(person, "" if epoch is None else str(epoch), blob, seq or 0, place, pending, attributes))
+        return out
+
+    def pasts(self, people: Sequence[str]) -> list[Past]:
+        """See ``Backend``."""
+        out = []
+        with self._file.read() as reader:
+            for person in people:
+                epoch = reader.execute("SELECT epoch FROM people WHERE person = ?", (person,)).fetchone()
+                ids = _members(reader, person)
+                rows = reader.execute(_PAST, (json.dumps(ids),)).fetchall()
+                lines: list[Line] = [row[1:] for row in rows]
+                place = max((row[0] for row in rows), default=0)
+                out.append(Past(str(epoch[0]) if epoch else "", place, in_order(lines, once=len(ids) > 1)))
+        return out
+
+    def keep(self, checkpoints: Sequence[Checkpoint], digest: str) -> None:
+        """See ``Backend``."""
+        now = int(time.time())
+        rows = [(each.person, digest, int(each.epoch), each.place, now, each.blob) for each in checkpoints]
+
+        def work(writer: sqlite3.Connection) -> None:
+            writer.executemany(_KEEP, rows)
+
+        self._file.write_if_idle(work)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _commit(self, batch: Sequence[_Waiting]) -> None:
+        try:
+            with self._file.transaction() as writer:
+                acks = self._insert(writer, [event for work in batch for event in work.events])
+        except BaseException as error:
+            for work in batch:
+                work.error = error
+            if not isinstance(error, Exception):
+                raise
+            return
+        start = 0
+        for work in batch:
+            work.acks = acks[start : start + len(work.events)]
+            start += len(work.events)
+
+    def _insert(self, writer: sqlite3.Connection, events: Sequence[Event]) -> list[Ack]:
+        """Put events in the log; acks in order."""
+        blocked = self._blocked(writer, {event.user_id for event in events})
+        seq = _next(writer)
+        acks: list[Ack] = []
+        stored: dict[str, list[str]] = {}
+        for e in events:
+            if e.user_id in blocked:
+                acks.append(Ack.DELETED)
+                continue
+            context = json.dumps(dict(e.context)) if e.context else None
+            row = (e.user_id, e.event_id, seq, e.timestamp, e.item_id, e.event, e.value, e.price, e.session_id, e.request_id, context)
+            new = writer.execute(_INSERT, row).rowcount == 1
+            acks.append(Ack.STORED if new else Ack.DUPLICATE)
+            if new:
+                stored.setdefault(e.user_id, []).append(e.event_id)
+        users = json.dumps(list(stored))
+        merged = dict(writer.execute("SELECT user_id, person FROM members WHERE user_id IN (SELECT value FROM json_each(?))", (users,)))
+        writer.executemany("INSERT OR IGNORE INTO people VALUES (?, ?)", [(user, seq) for user in stored if user not in merged])
+        writer.executemany(_CLASH, [(seq, person, user, event) for user, person in merged.items() for event in stored[user]])
+        return acks
+
+    @staticmethod
+    def _regroup(
+        writer: sqlite3.Connection, ids: Collection[str], found: Mapping[str, Sequence[str]], links: Collection[Link] = ()
+    ) -> None:  # fmt: skip
+        """Make people of ids: ``found`` as given by ``groups``; ids that are in none are people without anything. New epochs for all."""
+        epoch = _next(writer)
+        for table, column in (("states", "person"), ("people", "person"), ("members", "user_id"), ("links", "alias"), ("links", "target")):
+            writer.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(each,) for each in ids])  # noqa: S608  # constants only
+        writer.executemany("INSERT INTO links VALUES (?, ?)", sorted(links))
+        for person, group in found.items():
+            if len(group) > 1:
+                writer.execute("INSERT INTO people VALUES (?, ?)", (person, epoch))
+                writer.executemany("INSERT INTO members VALUES (?, ?)", [(each, person) for each in group])
+            else:
+                writer.execute(_EPOCH, (person, epoch))
+
+    def _hash(self, user: str) -> str:
+        return f"{stable_hash(self._salt, user):016x}"
+
+    def _blocked(self, connection: sqlite3.Connection, users: Collection[str]) -> set[str]:
+        """Which of these users were deleted for good."""
+        hashes = {self._hash(user): user for user in users}
+        query = "SELECT hash FROM blocked WHERE hash IN (SELECT value FROM json_each(?))"
+        return {hashes[row[0]] for row in connection.execute(query, (json.dumps(list(hashes)),))}
+
+
+def _next(writer: sqlite3.Connection) -> int:
+    """The number of this commit."""
+    return int(writer.execute("UPDATE counter SET value = value + 1 RETURNING value").fetchall()[0][0])
+
+
+def _person(connection: sqlite3.Connection, user: str) -> str:
+    row = connection.execute("SELECT person FROM members WHERE user_id = ?", (user,)).fetchone()
+    return str(row[0]) if row else user
+
+
+def _members(connection: sqlite3.Connection, user: str) -> list[str]:
+    """All ids of the person that an id belongs to, sorted."""
+    query = "SELECT o.user_id FROM members m JOIN members o ON o.person = m.person WHERE m.user_id = ? ORDER BY 1"
+    return [row[0] for row in connection.execute(query, (user,))] or [user]
+
+
+def _links(connection: sqlite3.Connection, ids: Collection[str]) -> set[Link]:
+    """The links between the ids of whole people."""
+    return set(
+        connection.execute("SELECT alias, target FROM links WHERE alias IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),))
+    )
