@@ -1,10 +1,14 @@
-"""Opening the online store that the settings name."""
+"""Opening the online store and the live items that the settings name."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from maple.artifacts import Place
 from maple.errors import ConfigError
 from maple.features.folder import Folder
+from maple.features.live_items import LiveItems
+from maple.features.live_items_sqlite import SqliteItems
 from maple.features.store import OnlineStore
 from maple.features.store_sqlite import SqliteStore
 from maple.serve.settings import ServeSettings
@@ -28,3 +32,13 @@ def open_store(settings: ServeSettings, folder: Folder) -> OnlineStore:
         assert settings.store.url is not None, "the settings have checked it"
         return RedisStore(settings.store.url, folder)
     return SqliteStore(store_path(settings), folder)
+
+
+def open_live(settings: ServeSettings) -> LiveItems:
+    """The live items, beside the events of the online store."""
+    if settings.store.kind == "redis":
+        from maple.features.live_items_redis import RedisItems
+
+        assert settings.store.url is not None, "the settings have checked it"
+        return RedisItems(settings.store.url)
+    return SqliteItems(str(Path(store_path(settings)).with_name("live_items.sqlite")))
