@@ -29,6 +29,7 @@ from maple.artifacts import (
 from maple.cluster_ray import connect
 from maple.config import maple_home
 from maple.data.dataset import Dataset
+from maple.data.kcore import KCore
 from maple.data.snapshot import Snapshot
 from maple.data.splits import Boundaries, split_of
 from maple.errors import ArtifactError, ConfigError, unknown_name
@@ -69,7 +70,7 @@ class Material:
             raise ArtifactError("the latest features were built from another snapshot; run `maple features build`")
         check_writable(home)
         say(f"loading snapshot {snapshot.name}")
-        data = snapshot.dataset()
+        data = config.k_core.of(snapshot.dataset())
         settings = merged(config.pipeline_for(snapshot.targets), chosen(tunings(home, snapshot)))
         return Material(home, snapshot, data, split_of(data, config.split), built, settings, FitContext(config.seed, config.threads))
 
@@ -88,7 +89,7 @@ def tune(config: RunConfig, say: Say) -> StepResult:
     untuned = config.pipeline_for(material.snapshot.targets)  # not what an earlier search found: that would ask another question
     asks = {  # what a trial's value depends on: another answer to any of it is another search
         "snapshot": material.snapshot.digest, "cut": [material.cut.t1, material.cut.t2], "pipeline": untuned.plain(),
-        "rows": config.rows.plain(), "epochs": asked.epochs,
+        "rows": config.rows.plain(), "epochs": asked.epochs, "k_core": config.k_core.plain(),
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     tables: list[tuple[str, list[str], list[list[str]]]] = []
@@ -148,6 +149,7 @@ def _rows(config: RunConfig, material: Material, settings: PipelineSettings, say
     asked = {
         "snapshot": material.snapshot.digest, "spec": material.spec.digest, "cut": [material.cut.t1, material.cut.t2],
         "pipeline": {**settings.plain(), "ranker": None, "rerank": None}, "rows": config.rows.plain(), "seed": config.seed,
+        "k_core": config.k_core.plain(),
     }  # fmt: skip
     folder = material.home / "rows" / combine([json.dumps(asked, sort_keys=True)])[:16]
     if (folder / MANIFEST).exists():
@@ -177,7 +179,7 @@ def train(config: RunConfig, say: Say) -> StepResult:
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest[:8]}"
     meta = {
         "bundle": digest, "snapshot": material.snapshot.name, "snapshot_digest": material.snapshot.digest, "t1": cut.t1, "t2": cut.t2,
-        "seed": config.seed, "metrics": {model: dict(values) for model, values in fitted.metrics.items()},
+        "seed": config.seed, "k_core": config.k_core.plain(), "metrics": {model: dict(values) for model, values in fitted.metrics.items()},
     }  # fmt: skip
     seal(material.home / "runs" / name, "run", meta, [])
     point(material.home, "run", name)
@@ -196,12 +198,14 @@ class TrainedRun:
     bundle: Bundle
     snapshot: Snapshot
     cut: Boundaries
+    core: KCore
 
     @staticmethod
     def open(home: Place) -> TrainedRun:
         name = latest(home, "run")
         meta = open_manifest(home / "runs" / name, "run").meta
-        return TrainedRun(name, load(home, meta["bundle"]), Snapshot.open(home, meta["snapshot"]), Boundaries(meta["t1"], meta["t2"]))
+        snapshot, core = Snapshot.open(home, meta["snapshot"]), KCore.parse(meta.get("k_core", {}), f"run {name}")
+        return TrainedRun(name, load(home, meta["bundle"]), snapshot, Boundaries(meta["t1"], meta["t2"]), core)
 
 
 def baseline_of(config: RunConfig, bundle: Bundle) -> str:
@@ -219,7 +223,7 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     home = Place.at(maple_home())
     run = TrainedRun.open(home)
     check_writable(home)
-    data = run.snapshot.dataset()
+    data = run.core.of(run.snapshot.dataset())
     bundle, now, asked = run.bundle, run.cut.t2, config.evaluate
     baseline = baseline_of(config, bundle)
     relevant = relevant_of(data, now, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)

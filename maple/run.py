@@ -11,6 +11,7 @@ from pydantic import Field
 
 from maple.config import Section, read_yaml, yaml_value
 from maple.data.ingest import ROWS_PER_BUCKET
+from maple.data.kcore import KCore
 from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
 from maple.recommend.settings import PipelineSettings, default_settings
@@ -85,6 +86,7 @@ class RunConfig(Section):
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] = 1  # of one model fit
     ingest: IngestSettings = IngestSettings()
+    k_core: KCore = KCore()  # of what is learned from and measured; features know all events
     split: TimeSplit = TimeSplit()
     pipeline: PipelineSettings | None = None  # default: all six sources and DCN-v2; repeats where purchases are the targets
     rows: RowSettings = RowSettings()

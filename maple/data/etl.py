@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maple.data.dataset import Vocab
-from maple.data.sources import Clock, ItemsFromEvents, LastWord
 from maple.data.report import FILE, ROW
+from maple.data.sources import Clock, ItemsFromEvents, LastWord
 from maple.hashing import mix64, stable_hash
 from maple.schema import EVENTS, ITEMS, TIMESTAMP, conform
 
@@ -24,6 +24,8 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 UInt64: TypeAlias = npt.NDArray[np.uint64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
+NETTED = "netted"  # the reason of rows that a return takes away
+NOTHING = 1e-6  # of a quantity: what rounding leaves
 HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), "S2")
 LANES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
 NULL = np.uint64(0x5851F42D4C957F2D)
@@ -122,6 +124,44 @@ def sessionise(table: pa.Table, gap_minutes: float) -> pa.Table:
     places[missing] = session
     made = pc.binary_join_element_wise("s", pc.utf8_slice_codeunits(names, 0, 16), "-").take(pa.array(places))
     return _set(table, "session_id", pc.if_else(pa.array(missing), made, _one(table["session_id"])))
+
+
+def net_returns(table: pa.Table, days: float | None = None) -> tuple[pa.Table, pa.Table]:
+    """Purchases less what came back: (kept rows, netted rows as they came), each in the order of ``table``.
+
+    A return takes its quantity from the same user's purchases of the item that are not later, and at most ``days`` old: the latest first. A
+    purchase or return whose whole quantity is netted leaves; of one that is netted in part the rest stays as its ``value``. So bought less
+    returned is the same before and after. Quantities below or equal to 0 are left alone; a missing one counts as 1.
+    """
+    kinds = table["event"]
+    sides = [_booleans(pc.equal(kinds, kind)) for kind in ("purchase", "return")]
+    quantity = np.array(pc.fill_null(_one(table["value"]), 1.0), np.float64)
+    bought, returned = (side & (quantity > 0) for side in sides)
+    if not (bought.any() and returned.any()):
+        return table, table.slice(0, 0)
+    pair = _ranks(table["user_id"]) * table.num_rows + _ranks(table["item_id"])
+    rows = np.flatnonzero((bought | returned) & np.isin(pair, np.intersect1d(pair[bought], pair[returned])))
+    time = _times(table)
+    order = rows[np.lexsort((_ranks(table["event_id"])[rows], returned[rows], time[rows], pair[rows]))]
+    left = quantity.copy()
+    span = 1 << 62 if days is None else int(days * 86_400_000_000)
+    stack: list[int] = []  # purchases of the pair with something left, latest on top
+    last = -1
+    for row in order.tolist():
+        if pair[row] != last:
+            stack, last = [], pair[row]
+        if bought[row]:
+            stack.append(row)
+            continue
+        while stack and left[row] > NOTHING and time[row] - time[stack[-1]] <= span:
+            taken = min(left[row], left[stack[-1]])
+            left[row] -= taken
+            left[stack[-1]] -= taken
+            if left[stack[-1]] <= NOTHING:
+                stack.pop()
+    gone = (bought | returned) & (left <= NOTHING)
+    values = pc.if_else(pa.array(left < quantity), pa.array(left.astype(np.float32)), _one(table["value"]))
+    return _set(table, "value", values).filter(pa.array(~gone)), table.filter(pa.array(gone))
 
 
 def in_order(table: pa.Table) -> pa.Table:
@@ -256,6 +296,10 @@ def stored_events(table: pa.Table, drop: Sequence[str]) -> pa.Table:
     """The table as a snapshot stores it: EVENTS first, extras by name, without bookkeeping and transient columns."""
     extras = sorted(name for name in table.column_names if name not in EVENTS.names and name not in drop and not name.startswith("_"))
     return conform(table.select([*EVENTS.names, *extras]), EVENTS, "events")
+
+
+def _booleans(column: Any) -> Bool:
+    return np.asarray(_one(column).to_numpy(zero_copy_only=False), np.bool_)
 
 
 def _one(column: Any) -> pa.Array:

@@ -205,8 +205,8 @@ class RuleBook:
     names: tuple[str, ...]
 
     @staticmethod
-    def of(tables: Tables, *, ids: Sequence[str], events: bool, parent: Profile | None = None) -> RuleBook:
-        """Each table's declared rules with those that Maple always needs (``validate.complete``).
+    def of(tables: Tables, *, ids: Sequence[str], events: bool, unique: bool = True, parent: Profile | None = None) -> RuleBook:
+        """Each table's declared rules with those that Maple always needs (``validate.complete``); ``unique``: one row an id.
 
         ``ConfigError`` for a rule about a column that its table does not have.
         """
@@ -214,7 +214,8 @@ class RuleBook:
         for table in tables.tables:
             special = {"unmatched_join": table.join, "unknown_currency": table.currencies, "unknown_unit": table.units}
             marks = [Pattern(kind="pattern", name=name, column=UNREADABLE, matches=SPECIAL[name]) for name, used in special.items() if used]
-            rules = (*marks, *complete(table.rules, ids, events=events, parent=parent))
+            needed = complete(table.rules, ids, events=events, parent=parent)
+            rules = (*marks, *(rule for rule in needed if unique or rule.kind != "repeated"))
             known = {*tables.target.names, *table.names, UNREADABLE}
             for rule in rules:
                 if rule.column not in known:
