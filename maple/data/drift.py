@@ -7,7 +7,6 @@ Without any drift the index is not 0 but about (bins - 1) (1/n + 1/m) (Yurdakul 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ def psi(parent: ColumnProfile, now: ColumnProfile) -> Psi | None:
     if parent.kind == "number":
         labels, before, after = _numbers(parent.bins, now.bins)
     elif parent.kind == "text" and parent.complete and now.complete:
-        labels, before, after = _texts(_by_text(parent), _by_text(now))
+        labels, before, after = _texts(parent.values, now.values)
     else:
         return None
     if not before.sum() or not after.sum() or len(before) < 2:
@@ -69,13 +68,6 @@ def _numbers(before: Mapping[int, int], after: Mapping[int, int]) -> tuple[list[
         own = np.flatnonzero(group == number)
         labels.append(f"{bin_edges(codes[own[0]])[0]:g} to {bin_edges(codes[own[-1]])[1]:g}")
     return labels, np.bincount(group, p).astype(np.int64), np.bincount(group, q).astype(np.int64)
-
-
-def _by_text(column: ColumnProfile) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for text, count in column.values.values():
-        counts[text] += count
-    return counts
 
 
 def _texts(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,12 +1,15 @@
 """A profile: statistics of a table's columns that merge, so that a log of any size is described by a few kilobytes.
 
 The profile of a whole is the merged profiles of its parts, however it was cut into parts of whole users, to the last bit: counts add up,
-histograms have fixed bins, and of a column's values those with the smallest hashes are kept (the "bottom-k" sketch of Cohen and
-Kaplan 2007), which also estimates how many distinct ones there are (Bar-Yossef et al. 2002). Columns that identify people keep no value.
+histograms have fixed bins, and distinct values are estimated from the smallest of their hashes (k minimum values, Bar-Yossef et al.
+2002). Values themselves are kept where there are few, and never of columns that identify people.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maple.hashing import mix64, stable_hash
+from maple.hashing import mix64
 
 Kind: TypeAlias = Literal["number", "text", "time", "identity", "other"]
 
-#: Columns whose values belong to one user: only counted. Their distinct values add up over buckets of whole users.
+#: Columns whose values belong to one user (an event id: to one row): only counted. Their distinct values add up over whole users.
 IDENTITY = ("event_id", "user_id", "source_user_id", "session_id", "request_id")
 KEPT_VALUES = 200  # distinct counts are exact up to here; beyond, their relative error is about 1 / sqrt(200) = 7 %
 MAX_DAYS = 1000  # bins of a time histogram; beyond, a bin holds 2, 4, 8 ... days
@@ -35,7 +38,8 @@ _OFFSET = 1 << 14
 class ColumnProfile:
     """One column. ``nulls`` counts null, NaN and infinite values; ``low`` and ``high`` are numbers or microseconds.
 
-    ``bins`` counts numbers by ``log_bins``, and times by day // ``width``. ``values`` maps the hash of a kept value to (text, count).
+    ``bins`` counts numbers by ``log_bins``, and times by day // ``width``. ``hashes``: the smallest hashes of values, ascending.
+    ``values`` counts every value, by the beginning of its text, where all hashes are kept; else it is empty.
     """
 
     type: str
@@ -46,8 +50,9 @@ class ColumnProfile:
     high: float | None = None
     bins: Mapping[int, int] = field(default_factory=dict)
     width: int = 1
-    values: Mapping[int, tuple[str, int]] = field(default_factory=dict)
-    complete: bool = True  # whether ``values`` holds every value
+    hashes: tuple[int, ...] = ()
+    complete: bool = True  # whether all hashes are kept
+    values: Mapping[str, int] = field(default_factory=dict)
     counted: int = 0  # distinct values of an identity column
 
     @property
@@ -61,12 +66,12 @@ class ColumnProfile:
         if self.kind == "identity":
             return self.counted
         if self.complete:
-            return len(self.values)
-        return round((len(self.values) - 1) * 2.0**64 / max(self.values))
+            return len(self.hashes)
+        return round((len(self.hashes) - 1) * 2.0**64 / self.hashes[-1])
 
     def top(self, number: int = 10) -> list[tuple[str, int]]:
-        """The most frequent values (of the kept ones, where not all are), by count, then text."""
-        return sorted(self.values.values(), key=lambda pair: (-pair[1], pair[0]))[:number]
+        """The most frequent values by count, then text; empty where there are too many to keep."""
+        return sorted(self.values.items(), key=lambda pair: (-pair[1], pair[0]))[:number]
 
     def quantile(self, share: float) -> float:
         """About the value that ``share`` of the numbers do not exceed: the middle of its bin; NaN where there is none."""
@@ -94,15 +99,14 @@ class ColumnProfile:
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready values."""
-        values = {f"{key:016x}": list(pair) for key, pair in self.values.items()}
-        return {**vars(self), "bins": {str(code): count for code, count in self.bins.items()}, "values": values}
+        bins = {str(code): count for code, count in self.bins.items()}
+        return {**vars(self), "bins": bins, "hashes": [f"{key:016x}" for key in self.hashes], "values": dict(self.values)}
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> ColumnProfile:
         """The inverse of ``plain``."""
         bins = {int(code): int(count) for code, count in plain["bins"].items()}
-        values = {int(key, 16): (str(text), int(count)) for key, (text, count) in plain["values"].items()}
-        return ColumnProfile(**{**plain, "bins": bins, "values": values})
+        return ColumnProfile(**{**plain, "bins": bins, "hashes": tuple(int(key, 16) for key in plain["hashes"])})
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,16 @@ def bin_edges(code: int) -> tuple[float, float]:
     if code == 0:
         return 0.0, 0.0
     octave, quarter = divmod(abs(code) - _OFFSET, 4)
-    low, high = (float(np.ldexp(0.5 + step / 8, octave)) for step in (quarter, quarter + 1))
+    low = math.ldexp(0.5 + quarter / 8, octave)
+    high = sys.float_info.max if (octave, quarter) == (1024, 3) else math.ldexp(0.5 + (quarter + 1) / 8, octave)
     return (low, high) if code > 0 else (-high, -low)
 
 
 def _column(name: str, column: pa.Array) -> ColumnProfile:
     kind, rows, type_ = _kind(name, column.type), len(column), str(column.type)
     if kind == "identity":
-        return ColumnProfile(type_, kind, rows, column.null_count, counted=int(pc.count_distinct(column, mode="only_valid").as_py()))
+        distinct = rows - column.null_count if name == "event_id" else int(pc.count_distinct(column, mode="only_valid").as_py())
+        return ColumnProfile(type_, kind, rows, column.null_count, counted=distinct)
     if kind == "other":
         return ColumnProfile(type_, kind, rows, column.null_count)
     if kind == "time":
@@ -180,26 +186,23 @@ def _column(name: str, column: pa.Array) -> ColumnProfile:
     if kind == "text":
         if pa.types.is_dictionary(valid.type):
             valid = valid.cast(valid.type.value_type)
-        found = pc.value_counts(valid)
-        texts = [str(text) for text in found.field("values").to_pylist()]
-        values, complete = _kept([stable_hash("value", text) for text in texts], texts, np.asarray(found.field("counts")))
-        return ColumnProfile(type_, kind, rows, column.null_count, values=values, complete=complete)
+        found = pc.value_counts(valid.cast(pa.large_string()))
+        return ColumnProfile(type_, kind, rows, column.null_count, None, None, {}, 1, *_kept(_text_hashes(found.field("values")), found))
+    if pa.types.is_float16(valid.type):
+        valid = valid.cast(pa.float32())
+    if pa.types.is_floating(valid.type):
+        valid = pc.add(valid, pa.scalar(0.0, valid.type))  # one zero
     found = pc.value_counts(valid)
-    distinct, counts = found.field("values"), np.asarray(found.field("counts"))
-    numbers = np.asarray(distinct.cast(pa.float64(), safe=False))
+    numbers = np.asarray(found.field("values").cast(pa.float64(), safe=False))
     finite = np.isfinite(numbers)
     if not finite.all():
-        distinct, numbers, counts = distinct.filter(pa.array(finite)), numbers[finite], counts[finite]
-    numbers = numbers + 0.0  # one zero
-    bins: Counter[int] = Counter()
+        found, numbers = found.filter(pa.array(finite)), numbers[finite]
+    counts = np.asarray(found.field("counts"))
     codes, place = np.unique(log_bins(numbers), return_inverse=True)
-    bins.update(dict(zip(codes.tolist(), np.bincount(place, counts, len(codes)).astype(np.int64).tolist(), strict=True)))
-    hashes = mix64(numbers.view(np.uint64) + np.uint64(1))
-    small = np.argsort(hashes, kind="stable")[: KEPT_VALUES + 1]
-    texts = [str(value) for value in distinct.take(pa.array(small)).to_numpy(zero_copy_only=False)]
-    values, complete = _kept(hashes[small].tolist(), texts, counts[small])
+    bins = dict(zip(codes.tolist(), np.bincount(place, counts, len(codes)).astype(np.int64).tolist(), strict=True))
+    kept = _kept(mix64(numbers.view(np.uint64) + np.uint64(1)), found)
     low, high = (float(numbers.min()), float(numbers.max())) if len(numbers) else (None, None)
-    return ColumnProfile(type_, kind, rows, rows - int(counts.sum()), low, high, dict(sorted(bins.items())), 1, values, complete)
+    return ColumnProfile(type_, kind, rows, rows - int(counts.sum()), low, high, bins, 1, *kept)
 
 
 def _kind(name: str, type_: pa.DataType) -> Kind:
@@ -213,21 +216,32 @@ def _kind(name: str, type_: pa.DataType) -> Kind:
     return "text" if pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_boolean(inner) else "other"
 
 
-def _kept(hashes: list[int], texts: list[str], counts: npt.NDArray[np.int64]) -> tuple[dict[int, tuple[str, int]], bool]:
-    everything: dict[int, tuple[str, int]] = {}
-    for key, text, count in zip(hashes, texts, counts.tolist(), strict=True):
-        everything[key] = (text[:TEXT], count)
-    return _smallest(everything)
+def _text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
+    """A hash of each text, uint64[N]."""
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, key=b"value").digest() for text in texts.to_pylist()]
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
-def _smallest(values: Mapping[int, tuple[str, int]]) -> tuple[dict[int, tuple[str, int]], bool]:
-    keys = sorted(values)
-    return {key: values[key] for key in keys[:KEPT_VALUES]}, len(keys) <= KEPT_VALUES
+def _kept(hashes: npt.NDArray[np.uint64], found: pa.StructArray) -> tuple[tuple[int, ...], bool, dict[str, int]]:
+    """The smallest hashes of some distinct values, whether these are all, and the counts of the values if so."""
+    if len(hashes) > KEPT_VALUES:
+        return tuple(np.sort(np.partition(hashes, KEPT_VALUES)[:KEPT_VALUES]).tolist()), False, {}
+    values: Counter[str] = Counter()
+    for text, count in zip(found.field("values").cast(pa.string()).to_pylist(), found.field("counts").to_pylist(), strict=True):
+        values[text[:TEXT]] += count
+    return tuple(np.sort(hashes).tolist()), True, dict(sorted(values.items()))
 
 
 def _count(codes: npt.NDArray[np.int64]) -> dict[int, int]:
-    found, counts = np.unique(codes, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    if not len(codes):
+        return {}
+    low, span = int(codes.min()), int(codes.max() - codes.min())
+    if span > 4 * len(codes) + 1000:
+        found, counts = np.unique(codes, return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    counts = np.bincount(codes - low)
+    found = np.flatnonzero(counts)
+    return dict(zip((found + low).tolist(), counts[found].tolist(), strict=True))
 
 
 def _add(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
@@ -266,12 +280,11 @@ def _merged_column(one: ColumnProfile, other: ColumnProfile) -> ColumnProfile:
     one, other = _coarse(one, width), _coarse(other, width)
     lows = [value for value in (one.low, other.low) if value is not None]
     highs = [value for value in (one.high, other.high) if value is not None]
-    both = dict(one.values)
-    for key, (text, count) in other.values.items():
-        both[key] = (min(text, both[key][0]), count + both[key][1]) if key in both else (text, count)
-    values, complete = _smallest(both)
+    hashes = sorted({*one.hashes, *other.hashes})
+    complete = one.complete and other.complete and len(hashes) <= KEPT_VALUES
+    values = dict(sorted((Counter(one.values) + Counter(other.values)).items())) if complete else {}
     merged = ColumnProfile(
         " | ".join(types), kind, rows, nulls, min(lows, default=None), max(highs, default=None), _add(one.bins, other.bins), width,
-        values, complete and one.complete and other.complete, one.counted + other.counted,
+        tuple(hashes[:KEPT_VALUES]), complete, values, one.counted + other.counted,
     )  # fmt: skip
     return _coarse(merged)
