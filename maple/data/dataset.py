@@ -5,7 +5,7 @@ Codes belong to one dataset (and the bundle made from it); stores and files hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from maple.errors import DataError
-from maple.schema import EVENT_CODES, EVENT_TYPES
+from maple.schema import EVENT_CODES, EVENT_TYPES, EVENTS
 
 Int8: TypeAlias = npt.NDArray[np.int8]
 Int32: TypeAlias = npt.NDArray[np.int32]
@@ -27,6 +27,10 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 
 #: How much one event of each kind says about interest, by default; 0 leaves the kind out of interaction matrices.
 DEFAULT_SIGNALS: dict[str, float] = {"view": 0.1, "click": 0.2, "add_to_cart": 0.5, "purchase": 1.0, "rating": 1.0, "like": 1.0}
+
+
+#: A column of EVENTS with more values is no context.
+MAX_CONTEXT_VALUES = 1000
 
 
 def signal_vector(signals: dict[str, float]) -> Float32:
@@ -147,19 +151,22 @@ class Log:
     time: Int64  # microseconds since 1970, UTC
     value: Float32  # NaN where missing
     price: Float32  # NaN where missing
+    context: Mapping[str, Int32] = field(default_factory=dict)  # codes of ``Dataset.contexts``, -1 where missing
 
     def __len__(self) -> int:
         return len(self.user)
 
     def where(self, keep: Bool) -> Log:
-        return Log(self.user[keep], self.item[keep], self.event[keep], self.time[keep], self.value[keep], self.price[keep])
+        context = {name: codes[keep] for name, codes in self.context.items()}
+        return Log(self.user[keep], self.item[keep], self.event[keep], self.time[keep], self.value[keep], self.price[keep], context)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A log with its vocabularies and tables. ``item_table`` and ``user_table`` are aligned with the codes.
 
-    ``signals`` float32[len(EVENT_TYPES)]: interest per event kind. ``targets``: event codes that count as relevant.
+    ``signals`` float32[len(EVENT_TYPES)]: interest per event kind. ``targets``: event codes that count as relevant. ``contexts``: the
+    values of what events say of their circumstances (device, location, ...): further columns of EVENTS that are no ids or fractions.
     """
 
     users: Vocab
@@ -169,6 +176,7 @@ class Dataset:
     user_table: pa.Table
     signals: Float32 = field(default_factory=lambda: signal_vector(DEFAULT_SIGNALS))
     targets: tuple[int, ...] = (EVENT_CODES["purchase"],)
+    contexts: Mapping[str, Vocab] = field(default_factory=dict)
 
     @staticmethod
     def from_tables(
@@ -188,6 +196,7 @@ class Dataset:
         time = np.asarray(events["timestamp"].cast(pa.int64()))
         id_rank = np.asarray(pc.rank(events["event_id"].combine_chunks()).cast(pa.int64()))
         order = np.lexsort((id_rank, time, user))
+        contexts = _contexts(events)
         log = Log(
             user[order],
             item_vocab.encode(events["item_id"])[order],
@@ -195,10 +204,12 @@ class Dataset:
             time[order],
             _floats(events["value"])[order],
             _floats(events["price"])[order],
+            {name: codes[order] for name, (_, codes) in contexts.items()},
         )
         return Dataset(
             user_vocab, item_vocab, log, align(items, "item_id", item_vocab), align(users, "user_id", user_vocab),
             signal_vector(signals or DEFAULT_SIGNALS), tuple(EVENT_CODES[name] for name in targets),
+            {name: vocab for name, (vocab, _) in contexts.items()},
         )  # fmt: skip
 
     @cached_property
@@ -250,6 +261,20 @@ class Dataset:
 def _all_ids(column: pa.ChunkedArray, table: pa.Table | None, key: str) -> pa.ChunkedArray:
     chunks = column.cast(pa.string()).chunks
     return pa.chunked_array(chunks + (table[key].cast(pa.string()).chunks if table is not None else []), pa.string())
+
+
+def _contexts(events: pa.Table) -> dict[str, tuple[Vocab, Int32]]:
+    """The columns beyond EVENTS that have few values, coded."""
+    out = {}
+    for name in events.column_names:
+        column = events[name]
+        few = pa.types.is_string(column.type) or pa.types.is_dictionary(column.type) or pa.types.is_boolean(column.type)
+        if name in EVENTS.names or name.endswith("_id") or not (few or pa.types.is_integer(column.type)):
+            continue
+        vocab = Vocab.of(column)
+        if 0 < len(vocab) <= MAX_CONTEXT_VALUES:
+            out[name] = vocab, vocab.encode(column)
+    return out
 
 
 def _floats(column: pa.ChunkedArray) -> Float32:
