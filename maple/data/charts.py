@@ -14,16 +14,24 @@ from markupsafe import Markup, escape
 from maple.data.profile import ColumnProfile, bin_edges
 
 MAX_BARS = 48
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560.0, 220.0, 52.0, 26.0, 10.0
+HALF, WHOLE = 520.0, 1060.0  # widths
+HEIGHT, LEFT, BOTTOM, TOP = 220.0, 56.0, 26.0, 10.0
 
 
-def bars(title: str, labels: Sequence[str], values: Sequence[float], over: Sequence[float] | None, tell: Callable[[float], str]) -> Markup:
+def bars(
+    title: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    over: Sequence[float] | None,
+    tell: Callable[[float], str],
+    width: float = HALF,
+) -> Markup:
     """One ``<svg>``: a bar per value, ``over`` as a stepped line, labels below and at the side, a text for screen readers."""
     top = max([*values, *(over or ()), 0.0]) or 1.0
-    step = (WIDTH - LEFT) / max(len(values), 1)
+    step = (width - LEFT) / max(len(values), 1)
     floor, tall = HEIGHT - BOTTOM, HEIGHT - BOTTOM - TOP
     parts = [
-        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{floor - tall * share:.1f}" y2="{floor - tall * share:.1f}" stroke="var(--line)"/>'
+        f'<line x1="{LEFT}" x2="{width}" y1="{floor - tall * share:.1f}" y2="{floor - tall * share:.1f}" stroke="var(--line)"/>'
         f'<text x="{LEFT - 6}" y="{floor - tall * share + 4:.1f}" text-anchor="end" fill="var(--muted)">{escape(tell(top * share))}</text>'
         for share in (0.0, 0.5, 1.0)
     ]
@@ -37,12 +45,12 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float], over: Seque
             f"{LEFT + (place + side) * step:.1f},{floor - tall * value / top:.1f}" for place, value in enumerate(over) for side in (0, 1)
         ]
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="var(--s2)" stroke-width="1.6"/>')
-    every = max(1, -(-len(labels) // 7))
+    every = max(1, -(-len(labels) // round(width / 80)))
     for place in range(0, len(labels), every):
         at = LEFT + (place + 0.5) * step
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle" fill="var(--muted)">{escape(labels[place])}</text>')
     told = escape(title + ": " + ", ".join(f"{label} {tell(value)}" for label, value in zip(labels, values, strict=True)))
-    head = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{told}" font-size="11">'
+    head = f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{told}" font-size="11">'
     return Markup(head + "".join(parts) + "</svg>")  # noqa: S704  every text in it is escaped above
 
 
@@ -53,7 +61,7 @@ def number_bars(title: str, column: ColumnProfile, parent: ColumnProfile | None)
     codes = [*_span(negative), *([0] if 0 in both else []), *_span(positive)]
     joined = -(-len(codes) // MAX_BARS)
     groups = [codes[start : start + joined] for start in range(0, len(codes), joined)]
-    labels = [f"{bin_edges(group[0])[0]:.3g}" for group in groups]
+    labels = [short(bin_edges(group[0])[0]) for group in groups]
     return bars(title, labels, _shares(column, groups), None if parent is None else _shares(parent, groups), "{:.1%}".format)
 
 
@@ -72,7 +80,12 @@ def day_bars(title: str, column: ColumnProfile, parent: ColumnProfile | None) ->
             out[code * of.width // width - places.start] += count
         return out
 
-    return bars(title, labels, rows(column), None if parent is None else rows(parent), "{:,.0f}".format)
+    return bars(title, labels, rows(column), None if parent is None else rows(parent), "{:,.0f}".format, WHOLE)
+
+
+def short(value: float) -> str:
+    """A number of few characters."""
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _span(codes: Sequence[int]) -> range:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from maple.data.charts import bars, day_bars, number_bars
+from maple.data.charts import bars, day_bars, number_bars, short
 from maple.data.drift import psi
 from maple.data.profile import ColumnProfile, Profile, bin_edges
 from maple.data.report import TableReport, ValidationReport
@@ -100,7 +100,11 @@ def _examples(table: pa.Table) -> Iterator[tuple[str, ...]]:
         seen[reason] = seen.get(reason, 0) + 1
         if seen[reason] > EXAMPLES:
             continue
-        cells = [f"{name}={value}" for name, value in row.items() if value is not None and name not in HIDDEN]
+        cells = [
+            f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in row.items()
+            if value is not None and name not in HIDDEN
+        ]
         unreadable = str(row["unreadable"] or "")
         if unreadable.startswith("line: "):  # a raw line may hold anything
             cells = [f"a line that is no row, {len(unreadable) - 6} characters"]
@@ -118,10 +122,10 @@ def _columns(table: str, now: Profile, before: Profile | None) -> Iterator[Block
     legend = " Line: the parent." if before is not None else ""
     time = now.columns.get("timestamp")
     if time is not None and time.bins:
-        yield FigureBlock(f"Rows of {table} by day.{legend}", day_bars("rows by day", time, old.get("timestamp")))
+        yield FigureBlock(f"Rows of {table} over time.{legend}", day_bars("rows by first day", time, old.get("timestamp")))
     if now.per_user:
         codes = sorted(now.per_user)
-        labels = [f"{bin_edges(code)[0]:.3g}" for code in codes]
+        labels = [short(bin_edges(code)[0]) for code in codes]
         values = [float(now.per_user[code]) for code in codes]
         yield FigureBlock(
             "Users by number of events.", bars("users by number of events", labels, values, None, "{:,.0f}".format), half=True
