@@ -6,6 +6,7 @@ is a missing one. Shapes: N inputs, D dimensions, V terms.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
@@ -84,8 +85,7 @@ def pack(texts: Sequence[str]) -> State:
 def unpack(data: npt.NDArray[np.uint8], ends: Int64) -> list[str]:
     """The texts that ``pack`` was given."""
     raw = data.tobytes()
-    starts = [0, *ends[:-1].tolist()]
-    return [raw[start:end].decode("utf-8", "surrogatepass") for start, end in zip(starts, ends.tolist(), strict=True)]
+    return [raw[start:end].decode("utf-8", "surrogatepass") for start, end in itertools.pairwise([0, *ends.tolist()])]
 
 
 def library(module: str, what: str) -> Any:

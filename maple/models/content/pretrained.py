@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from maple.config import Section
 from maple.data.dataset import Float32
-from maple.errors import ArtifactError, ConfigError, NotFittedError
+from maple.errors import ArtifactError, ConfigError, MapleError, NotFittedError
 from maple.models.base import FitContext, State
 from maple.models.content.base import Input, library, scatter
 from maple.models.families import take_array
@@ -166,7 +166,10 @@ class Pretrained:
         folder = folder_of(self.config, self.name)
         if fingerprint(folder) != self.state()["fingerprint"].tobytes():
             raise ArtifactError(f"content: the model in {folder} is not the one that the features were built with; build them again")
+        library("transformers", self.name).utils.logging.disable_progress_bar()
         try:
             return self.load(folder)
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        except MapleError:
+            raise
+        except Exception as error:  # a damaged folder makes the libraries raise whatever they meet
             raise ConfigError(f"content: {folder} cannot be loaded as a {self.name} model: {type(error).__name__}: {error}") from None

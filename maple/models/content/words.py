@@ -33,7 +33,8 @@ class WordsConfig(Section):
     dim: int = Field(default=64, ge=1, le=1024)
     window: int = Field(default=8, ge=1)
     """Words of a text this near to each other are alike; item texts are short and their order says little."""
-    epochs: int = Field(default=20, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    """None: 5 to 100, so that about a million words are read; a small catalogue must be read often."""
     negative: int = Field(default=5, ge=1)
     min_count: int = Field(default=2, ge=1)
     """Rarer words are not learned."""
@@ -127,10 +128,11 @@ class Word2Vec:
     def _terms(self, sentences: list[list[str]], ctx: FitContext) -> dict[str, Any]:
         """What both libraries' models take; one worker, because only then the same seed gives the same vectors."""
         c = self.config
+        epochs = c.epochs or min(max(round(1e6 / sum(map(len, sentences))), 5), 100)
         if max(Counter(word for words in sentences for word in words).values()) < c.min_count:
             raise DataError(f"content: no word of the item texts comes {c.min_count} times; lower `min_count`")
         return {
-            "sentences": sentences, "vector_size": c.dim, "window": c.window, "epochs": c.epochs, "negative": c.negative,
+            "sentences": sentences, "vector_size": c.dim, "window": c.window, "epochs": epochs, "negative": c.negative,
             "min_count": c.min_count, "workers": 1, "seed": torch_seed(ctx.seed, f"content/{self.name}") % 2**31,
         }  # fmt: skip
 
@@ -167,11 +169,12 @@ class Word2Vec:
     def _means(self, sentences: Sequence[list[str]]) -> list[Float32 | None]:
         """The weighted mean of each text's known words, None where there is none."""
         state, places = self.state(), self._places
+        rarest = state["weights"].max()  # an unseen word is at least as rare
         out: list[Float32 | None] = []
         for words in sentences:
             known = [places[word] for word in words if word in places]
             unseen = [vector for word in words if word not in places and (vector := self._unseen(word)) is not None]
-            total: Any = (state["weights"][known, None] * state["vectors"][known]).sum(axis=0) + sum(unseen)
+            total: Any = (state["weights"][known, None] * state["vectors"][known]).sum(axis=0) + rarest * sum(unseen)
             out.append(total / (len(known) + len(unseen)) if known or unseen else None)
         return out
 
@@ -195,7 +198,9 @@ class FastText(Word2Vec):
         trained = Trained(
             sg=1, min_n=c.shortest, max_n=max(c.shortest, c.longest), bucket=c.buckets, **self._terms(sentences, ctx)
         )  # fmt: skip
-        grams = np.ascontiguousarray(trained.wv.vectors_ngrams, np.float32)
+        met = np.unique(np.concatenate(trained.wv.buckets_word))  # the others are as they were drawn: noise
+        grams = np.zeros_like(trained.wv.vectors_ngrams, np.float32)
+        grams[met] = trained.wv.vectors_ngrams[met]
         return list(trained.wv.index_to_key), np.ascontiguousarray(trained.wv.vectors, np.float32), {"ngrams": grams}
 
     @classmethod
@@ -210,4 +215,6 @@ class FastText(Word2Vec):
         from gensim.models.fasttext import ft_ngram_hashes
 
         found = ft_ngram_hashes(word, self.config.shortest, max(self.config.shortest, self.config.longest), self.config.buckets)
-        return None if len(found) == 0 else np.asarray(self.state()["ngrams"][found].mean(axis=0), np.float32)
+        rows = self.state()["ngrams"][np.asarray(found, np.int64)]
+        rows = rows[rows.any(axis=1)]
+        return None if len(rows) == 0 else np.asarray(rows.mean(axis=0), np.float32)
