@@ -76,16 +76,28 @@ def decay(dt: npt.NDArray[np.int64], half_life: float) -> Float64:
 
 
 @numba.njit(cache=True, nogil=True)
-def step(state, last, x, t, ops, half_lives):  # type: ignore[no-untyped-def]  # numba types it
-    """Fold one event into ``state`` (float64[W], in place) and return its new ``last``."""
-    factor, known = 1.0, 0.0
+def _twins(ops, half_lives):  # type: ignore[no-untyped-def]  # numba types it
+    """For each slot the first that decays with the same half-life, itself if it is the first, int64[W]."""
+    out = np.arange(len(ops))
+    for j in range(len(ops)):
+        for i in range(j):
+            if half_lives[i] == half_lives[j] and (ops[i] == 0 or ops[i] == 5 or ops[i] == 6):
+                out[j] = i
+                break
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def step(state, last, x, t, ops, half_lives, twins, factors):  # type: ignore[no-untyped-def]
+    """Fold one event into ``state`` (float64[W], in place) and return its new ``last``; ``factors`` float64[W] is room to work in."""
+    passed = last != NEVER and t > last
     for j in range(len(ops)):
         op, h, value = ops[j], half_lives[j], x[j]
         if op == 0 or op == 5 or op == 6:
-            if h > 0.0 and last != NEVER and t > last:
-                if h != known:
-                    factor, known = 2.0 ** (-(t - last) / h), h
-                state[j] *= factor
+            if passed and h > 0.0:
+                if twins[j] == j:  # a power is dear: one per half-life
+                    factors[j] = 2.0 ** (-(t - last) / h)
+                state[j] *= factors[twins[j]]
             if not np.isnan(value):
                 if op == 0:
                     state[j] += value
@@ -111,6 +123,7 @@ def step(state, last, x, t, ops, half_lives):  # type: ignore[no-untyped-def]  #
 
 @numba.njit(cache=True, nogil=True)
 def _scan(group, time, x, request_group, request_time, ops, half_lives, empty, out, out_last):  # type: ignore[no-untyped-def]
+    twins, factors = _twins(ops, half_lives), np.empty(len(ops))
     n, total = 0, len(group)
     state = empty.copy()
     last, current = NEVER, np.int64(NEVER)
@@ -122,7 +135,7 @@ def _scan(group, time, x, request_group, request_time, ops, half_lives, empty, o
             state[:] = empty
             last, current = NEVER, g
         while n < total and group[n] == g and time[n] < t:
-            last = step(state, last, x[n], time[n], ops, half_lives)
+            last = step(state, last, x[n], time[n], ops, half_lives, twins, factors)
             n += 1
         out[r] = state
         out_last[r] = last
@@ -144,9 +157,10 @@ def scan(
 
 @numba.njit(cache=True, nogil=True)
 def _fold(rows, time, x, ops, half_lives, state, last, watched, out):  # type: ignore[no-untyped-def]
+    twins, factors = _twins(ops, half_lives), np.empty(len(ops))
     for n in range(len(rows)):
         k = rows[n]
-        last[k] = step(state[k], last[k], x[n], time[n], ops, half_lives)
+        last[k] = step(state[k], last[k], x[n], time[n], ops, half_lives, twins, factors)
         for j in range(len(watched)):
             out[n, j] = state[k, watched[j]]
 
@@ -165,13 +179,14 @@ def fold(
 
 @numba.njit(cache=True, nogil=True)
 def _trace(group, time, x, ops, half_lives, empty, out):  # type: ignore[no-untyped-def]
+    twins, factors = _twins(ops, half_lives), np.empty(len(ops))
     state = empty.copy()
     last = NEVER
     for n in range(len(group)):
         if n == 0 or group[n] != group[n - 1]:
             state[:] = empty
             last = NEVER
-        last = step(state, last, x[n], time[n], ops, half_lives)
+        last = step(state, last, x[n], time[n], ops, half_lives, twins, factors)
         out[n] = state
 
 

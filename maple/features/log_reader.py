@@ -121,7 +121,7 @@ class _Part:
         x = self.layout.contributions(key, self.events, self.codes)
         time = self.events.time
         if rows is not None:
-            x, time = x[rows], time[rows]
+            x, time = np.take(x.T, rows, axis=1).T, time[rows]  # slot by slot, as contributions lie
         order = np.lexsort((now, asked))
         state, last = scan(self.user if group is None else group, time, x, asked[order], now[order], *self.layout.folds[key])
         back = np.empty(len(order), np.int64)

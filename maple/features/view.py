@@ -157,10 +157,10 @@ class View(ABC):
 
 def put(events: EventColumns, *columns: tuple[Bool, Float64 | Int64 | float]) -> Float64:
     """Contributions from (which events, what) per slot."""
-    out = np.full((len(events), len(columns)), np.nan)
+    out = np.full((len(columns), len(events)), np.nan)
     for slot, (rows, what) in enumerate(columns):
-        out[rows, slot] = what[rows] if isinstance(what, np.ndarray) else what
-    return out
+        np.copyto(out[slot], what, where=rows)
+    return out.T  # each slot lies together: that is written fast, and folded as fast
 
 
 def per(total: Float64, count: Float64) -> Float64:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maple.features.fold import DAY, NEVER, Op, Slot, decay, fold, initial, layout, scan, step, trace
+from maple.features.fold import DAY, NEVER, Op, Slot, decay, fold, initial, layout, scan, trace
 
 SLOTS = (
     Slot(Op.SUM), Slot(Op.SUM, 1.0), Slot(Op.SUM, 7.0), Slot(Op.LAST), Slot(Op.FIRST), Slot(Op.MAX), Slot(Op.MIN),
@@ -22,10 +22,9 @@ SLOTS = (
 def run(slots: tuple[Slot, ...], events: list[tuple[int, list[float]]]) -> tuple[list[float], int]:
     ops, half_lives = layout(slots)
     state, last = initial(ops, 1)
-    now = int(last[0])
     for time, x in events:
-        now = step(state[0], now, np.array(x, float), time, ops, half_lives)
-    return state[0].tolist(), now
+        fold(np.zeros(1, np.int64), np.array([time]), np.array([x], float), ops, half_lives, state, last)
+    return state[0].tolist(), int(last[0])
 
 
 def reference(events: list[tuple[int, list[float]]]) -> list[float]:
