@@ -1,20 +1,28 @@
 """Feature columns as the input of a network: robust scaling of numbers, table rows for codes, missing values made explicit.
 
-Fitted on training columns, then a pure function of a batch of columns; its state is plain arrays.
+Fitted on training columns, then a pure function of a batch of columns; its state is plain arrays. What becomes of a missing number
+is a policy per column (``Missing``); a code that is missing always has the table row of unknown codes.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from maple.data.dataset import Bool, Float32, Int32
-from maple.errors import DataError
+from maple.errors import DataError, unknown_name
 from maple.models.base import Array, State
+
+#: ``impute``: the center of the training values stands in. ``indicator``: only a 0/1 column that says whether the number is missing,
+#: the number itself is left out. ``both``: the center, and the 0/1 column if training had missing values. ``reject``: training on a missing
+#: value is an error, so that a broken feature is not learned around; a request is still answered, with the center.
+Missing: TypeAlias = Literal["impute", "indicator", "both", "reject"]
 
 CLIP = 5.0
 SAMPLE_ROWS = 200_000
@@ -25,8 +33,8 @@ class Columns:
     """What was learned of K number columns and C code columns.
 
     A number becomes ``clip((f(x) - center) / scale, -5, 5)``, f = signed log for heavy tails, with center and scale from the
-    middle 99 % of the training values; a value that is missing (NaN or infinite) becomes 0, and where training had missing values
-    a 0/1 indicator column says so. A code becomes a row of one embedding table shared by all code columns: each column has a row of its own
+    middle 99 % of the training values; a value that is missing (NaN or infinite) becomes 0, and a 0/1 indicator column may say so,
+    as the column's policy wants it. A code becomes a row of one embedding table shared by all code columns: each column has a row of its own
     for every frequent code, and one for unknown, unseen and rare codes together.
     """
 
@@ -35,13 +43,14 @@ class Columns:
     log_scale: Float32  # [K], 0 = no log
     center: Float32  # [K]
     scale: Float32  # [K]
+    kept: Bool  # [K], whether the number itself enters
     indicator: Bool  # [K], whether a missing-value column follows
     rows: tuple[Int32, ...]  # per code column: code -> table row, the last entry is the row of unknown codes
 
     @property
     def width(self) -> int:
         """Columns of the number matrix, indicators included."""
-        return len(self.numbers) + int(self.indicator.sum())
+        return int(self.kept.sum()) + int(self.indicator.sum())
 
     @property
     def table_rows(self) -> int:
@@ -54,8 +63,11 @@ class Columns:
         return np.array([rows[-1] for rows in self.rows], dtype=np.int32)
 
     @staticmethod
-    def fit(columns: Mapping[str, Array], *, max_codes: int, min_count: int) -> Columns:
-        """Learn from training columns; ``DataError`` if one is neither. The ``max_codes`` most frequent codes keep a row of their own."""
+    def fit(columns: Mapping[str, Array], *, max_codes: int, min_count: int, missing: Mapping[str, Missing] | None = None) -> Columns:
+        """Learn from training columns; ``DataError`` if one is neither. The ``max_codes`` most frequent codes keep a row of their own.
+
+        ``missing``: policies by pattern (``user.price*``) of the names of number columns; the first that fits counts, ``both`` where none.
+        """
         if not columns:
             raise DataError("a ranker needs at least one feature column; declare features in the pipeline")
         numbers = tuple(sorted(name for name, column in columns.items() if column.dtype.kind in "fb"))
@@ -64,6 +76,18 @@ class Columns:
         if other:
             raise DataError(f"feature column {other[0]!r} is {columns[other[0]].dtype}; a ranker takes floats or integer codes")
         fitted = np.array([_fit_number(np.asarray(columns[name], dtype=np.float32)) for name in numbers], dtype=np.float64).reshape(-1, 4)
+        policies = _policies(numbers, missing or {})
+        for name, policy in zip(numbers, policies, strict=True):
+            lost = int((~np.isfinite(np.asarray(columns[name], dtype=np.float32))).sum())
+            if policy == "reject" and lost:
+                raise DataError(
+                    f"feature column {name!r} is missing in {lost:,} of {len(columns[name]):,} training rows, and its policy is `reject`. "
+                    "Repair what it is made of, or choose `impute`, `indicator` or `both` for it under `missing:` of the ranker."
+                )
+        flags = np.array(
+            [policy == "indicator" or (policy == "both" and some > 0) for policy, some in zip(policies, fitted[:, 3], strict=True)]
+        )
+        kept = np.array([policy != "indicator" for policy in policies])
         rows, start = [], 0
         for name in codes:
             mapped = _fit_codes(columns[name], max_codes, min_count) + start
@@ -71,7 +95,7 @@ class Columns:
             rows.append(mapped.astype(np.int32))
         return Columns(
             numbers, codes, fitted[:, 0].astype(np.float32), fitted[:, 1].astype(np.float32), fitted[:, 2].astype(np.float32),
-            fitted[:, 3] > 0, tuple(rows),
+            kept.astype(np.bool_), flags.astype(np.bool_), tuple(rows),
         )  # fmt: skip
 
     def transform(self, columns: Mapping[str, Array]) -> tuple[Float32, Int32]:
@@ -97,7 +121,7 @@ class Columns:
         raw /= self.scale[:, None]
         np.clip(raw, -CLIP, CLIP, out=raw)
         raw[missing] = 0
-        out = np.concatenate([raw, missing[self.indicator].astype(np.float32)])
+        out = np.concatenate([raw[self.kept], missing[self.indicator].astype(np.float32)])
         table = np.empty((size, len(self.codes)), dtype=np.int32)
         for place, (name, rows) in enumerate(zip(self.codes, self.rows, strict=True)):
             column = columns[name]
@@ -112,7 +136,7 @@ class Columns:
         names = json.dumps({"numbers": self.numbers, "codes": self.codes}).encode()
         state: State = {
             "names": np.frombuffer(names, dtype=np.uint8), "log_scale": self.log_scale, "center": self.center, "scale": self.scale,
-            "indicator": self.indicator,
+            "kept": self.kept, "indicator": self.indicator,
         }  # fmt: skip
         return state | {f"rows.{place}": rows for place, rows in enumerate(self.rows)}
 
@@ -122,8 +146,17 @@ class Columns:
         names = json.loads(state["names"].tobytes())
         rows = tuple(state[f"rows.{place}"] for place in range(len(names["codes"])))
         return Columns(
-            tuple(names["numbers"]), tuple(names["codes"]), state["log_scale"], state["center"], state["scale"], state["indicator"], rows
-        )
+            tuple(names["numbers"]), tuple(names["codes"]), state["log_scale"], state["center"], state["scale"], state["kept"],
+            state["indicator"], rows,
+        )  # fmt: skip
+
+
+def _policies(numbers: Sequence[str], missing: Mapping[str, Missing]) -> list[Missing]:
+    """The policy of each number column; ``DataError`` for a pattern that fits none, which is a slip of the pen."""
+    for pattern in missing:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in numbers):
+            raise DataError(f"`missing:` of the ranker: {unknown_name('number column or pattern', pattern, numbers)}")
+    return [next((policy for pattern, policy in missing.items() if fnmatch.fnmatchcase(name, pattern)), "both") for name in numbers]
 
 
 def _signed_log(x: Float32, scale: npt.NDArray[np.float32]) -> Float32:

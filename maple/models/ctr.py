@@ -22,7 +22,7 @@ from maple.data.dataset import Float32, Int32, Int64, ragged_take
 from maple.errors import DataError, NotFittedError
 from maple.hashing import rng
 from maple.models.base import Array, FitContext, Metrics, SearchSpace, State
-from maple.models.columns import Columns
+from maple.models.columns import Columns, Missing
 from maple.models.nn import Batch, Tensors, Training, arrays, linear, mlp, part, sigmoid
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class DCNv2Config(Section):
     """Rows per code column; rarer codes share the row of unknown ones."""
     min_count: int = Field(default=3, ge=1)
     """A code with fewer rows in training shares it too."""
+    missing: dict[str, Missing] = Field(default_factory=dict)
+    """What becomes of missing numbers, by column or pattern: ``{"user.price*": impute}``; else ``both``. See ``columns.Missing``."""
     code_dropout: float = Field(default=0.02, ge=0, lt=1)
     """Codes shown as unknown in training, so that the unknown row is trained."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -142,7 +144,7 @@ class DCNv2:
         _check(columns, labels, groups)
         if (self.config.loss == "bce" or self.config.blend) and np.nanmax(labels) > 1:
             raise DataError("bce takes labels between 0 and 1; use loss: listwise with blend: 0 for graded labels, or scale them")
-        prepared = Columns.fit(columns, max_codes=self.config.max_codes, min_count=self.config.min_count)
+        prepared = Columns.fit(columns, max_codes=self.config.max_codes, min_count=self.config.min_count, missing=self.config.missing)
         numbers, codes = prepared.transform(columns)
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(groups)]]).astype(np.int64)
         rows = Rows(numbers, codes, labels, bounds)
