@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,13 +57,25 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             owner: Any = cls
             for part in problem["loc"][:-1]:
-                field = getattr(owner, "model_fields", {}).get(part)
-                owner = field.annotation if field is not None else None
+                owner = _below(owner, part)
             known = getattr(owner, "model_fields", {})
             lines.append(unknown_name("setting", path, known) if known else f"unknown setting {path!r}")
         else:
             lines.append(f"{path or 'value'}: {problem['msg']}")
     return "; ".join(lines)
+
+
+def _below(owner: Any, part: int | str) -> Any:
+    """The type one step down a location: of a field, of an entry, or of the member of a union that its tag names."""
+    fields = getattr(owner, "model_fields", {})
+    if part in fields:
+        return fields[part].annotation
+    members = get_args(owner)
+    for member in members:
+        tag = getattr(member, "model_fields", {}).get("kind")
+        if tag is not None and part in get_args(tag.annotation):
+            return member
+    return next((member for member in reversed(members) if hasattr(member, "model_fields")), None)
 
 
 def yaml_value(text: str | bytes) -> Any:

@@ -41,8 +41,8 @@ class ServeError(MapleError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence for an unknown name: what was given, the nearest known name, and all of them."""
+    """One sentence for an unknown name: what was given, the nearest known name (to it, or to its last part), and all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(name.rsplit(".", 1)[-1], names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) if names else 'none'}."

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from maple.config import Section
 from maple.data.dataset import Bool, Dataset, Int8, Int32, Int64, Vocab
-from maple.data.splits import TimeSplit, boundaries, split_of
-from maple.errors import DataError
+from maple.data.splits import Boundaries, TimeSplit, boundaries, split_of
+from maple.errors import ConfigError, DataError
 from maple.hashing import rng, sha256, stable_units
 
 #: What a row of the log is for. Context: the past of users who are held out, shown when they are asked, learned from by nobody.
@@ -79,7 +79,14 @@ class SessionSplit(_Shares):
     """A pause of so long starts a new session; None: the users of the data are sessions already."""
 
 
-SplitSettings: TypeAlias = Annotated[TimeSplit | LeaveOneOut | UserSplit | KFold | SessionSplit, Field(discriminator="kind")]
+Split: TypeAlias = TimeSplit | LeaveOneOut | UserSplit | KFold | SessionSplit
+
+#: A split as people write it: the kind, and its settings; without a kind, by time.
+SplitSettings: TypeAlias = Annotated[
+    Split,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda page: {"kind": "time", **page} if isinstance(page, Mapping) else page),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +148,17 @@ class Fold:
         return np.asarray(np.maximum(first, last + 1)[users])
 
 
-def folds_of(data: Dataset, split: TimeSplit | LeaveOneOut | UserSplit | KFold | SessionSplit) -> list[Fold]:
+def cut_of(data: Dataset, split: Split) -> Boundaries:
+    """The cut of a split by time; ``ConfigError`` for others, under which no pipeline can be trained."""
+    if not isinstance(split, TimeSplit):
+        raise ConfigError(
+            f"split.kind is {split.kind!r}, and a pipeline is trained and released by time. Set split.kind to time; "
+            "`maple evaluate` measures the sources alone under the other kinds."
+        )
+    return split_of(data, split)
+
+
+def folds_of(data: Dataset, split: Split) -> list[Fold]:
     """The folds of a split: one, or ``folds`` of them."""
     if len(data.log) == 0 or not np.isin(data.log.event, data.targets).any():
         raise DataError("there are no target events to split; check `targets:` of the source")

@@ -9,14 +9,12 @@ from typing import Literal
 import numpy as np
 
 from maple.data.dataset import Bool, Dataset, Int32, ragged_take
-from maple.data.folds import Fold, KFold, LeaveOneOut, Question, SessionSplit, UserSplit, folds_of
-from maple.data.splits import TimeSplit
+from maple.data.folds import Fold, Question, Split, folds_of
 from maple.errors import DataError
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, item_strata, user_segments
 from maple.evaluate.relevant import among, interest, judged
+from maple.hashing import rng
 from maple.models.base import FitContext, Mask, QueryBatch, Retriever
-
-Split = TimeSplit | LeaveOneOut | UserSplit | KFold | SessionSplit
 
 
 class SplitWarning(UserWarning):
@@ -34,17 +32,18 @@ def evaluate_split(
     history_limit: int = 500,
     ctx: FitContext | None = None,
     bootstrap: int = 1000,
+    max_users: int | None = None,
 ) -> list[Evaluation]:
     """A model from ``make`` fitted and measured on every fold; each result keeps the fold's settings and boundaries.
 
     ``new_only``: what a user already has is neither listed nor asked for. Segments: users by activity and history, items cold
-    and warm, by what the model learned from. A ``SplitWarning`` says where a split sees the future.
+    and warm, by what the model learned from. ``max_users``: of a fold, drawn if there are more. A ``SplitWarning`` says where a split sees the future.
     """
     ctx = ctx or FitContext()
     folds = folds_of(data, split)
     for text in dict.fromkeys(text for fold in folds for text in fold.warnings):
         warnings.warn(text, SplitWarning, stacklevel=2)
-    return [_measure(make(), fold, part, ks, new_only, history_limit, ctx, bootstrap) for fold in folds]
+    return [_measure(make(), fold, part, ks, new_only, history_limit, ctx, bootstrap, max_users) for fold in folds]
 
 
 def relevant_to(question: Question, *, new_only: bool) -> Relevant:
@@ -70,12 +69,14 @@ def _met(data: Dataset, what: Literal["user", "item"]) -> Bool:
 
 def _measure(
     model: Retriever, fold: Fold, part: Literal["valid", "test"], ks: Sequence[int], new_only: bool, limit: int, ctx: FitContext,
-    bootstrap: int,
+    bootstrap: int, max_users: int | None,
 ) -> Evaluation:  # fmt: skip
     question = fold.question(part)
     fit, visible = question.fit, question.visible
     model.fit(fit, ctx)
     relevant = relevant_to(question, new_only=new_only)
+    if max_users is not None and len(relevant) > max_users:
+        relevant = relevant.take(np.sort(rng(ctx.seed, "evaluate/users").choice(len(relevant), max_users, replace=False)))
     now = question.now[np.searchsorted(question.users, relevant.users)]
     owner, owned = visible.target_pairs()
     ends = np.searchsorted(owner, np.arange(len(visible.users) + 1)).astype(np.int64)
