@@ -65,12 +65,14 @@ class Parts:
 
     @cached_property
     def vectors(self) -> Float32 | None:
-        """Unit item vectors of the first source that has some, and a zero for items without: float32[I + 1, D]; diversity's measure."""
+        """Unit item vectors of the first source that has some, float32[I, D]: what diversity measures with."""
         model = next((model for model in self.sources.values() if isinstance(model, Embedder)), None)
-        if model is None:
-            return None
-        items = model.embed_items()
-        return np.concatenate([unit(items), np.zeros((1, items.shape[1]), np.float32)])
+        return None if model is None else unit(model.embed_items())
+
+    @property
+    def new_vectors(self) -> Float32 | None:
+        """The same of ``newcomers``, float32[M, D]; None where there are none."""
+        return None
 
     @cached_property
     def restrictions(self) -> Restrictions:
@@ -106,7 +108,7 @@ def pipeline_of(parts: Parts, *, features: FeatureHydrator | None = None, observ
         rank.append(Score(parts.ranker, parts.ranker_columns, settings.ranker.task_weights, settings.cold))
     fallback = len(sources)
     fill = Popular(parts.popular, limits, fallback)
-    rerank = Rerank.of(settings.rerank, settings.window, parts.item_columns, parts.vectors, parts.ties)
+    rerank = Rerank.of(settings.rerank, settings.window, parts.item_columns, parts.vectors, parts.ties, parts.new_vectors)
     popularity = {place for place, name in enumerate(given) if isinstance(parts.sources[name], Popularity)}
     explain = Explain(
         {place: source.model for place, source in enumerate(sources) if place not in popularity},

@@ -34,7 +34,8 @@ class Rerank:
     freshness: tuple[float, float] = (0.0, 1.0)  # weight, half-life in days
     caps: tuple[tuple[str, Int32, int], ...] = ()  # column, value code of each item (-1 = no value, never capped), limit
     relevance: float = 1.0  # of maximal marginal relevance; 1 = off
-    vectors: Float32 | None = None  # unit length or zero, for similarity; else ``groups``. The last row is that of all codes beyond
+    vectors: Float32 | None = None  # unit length or zero, for similarity; else ``groups``
+    new_vectors: Float32 | None = None  # the same of the items behind those
     groups: Int32 | None = None  # similarity 1 inside a group, 0 across; -1 = like nothing
     ties: Ties | None = None
     name: str = "rerank"
@@ -42,11 +43,15 @@ class Rerank:
     essential: bool = True  # removals are promises
 
     @staticmethod
-    def of(settings: RerankSettings, window: int, columns: ItemColumns, vectors: Float32 | None, ties: Ties | None) -> Rerank:
-        """From settings and the item table; ``ConfigError`` names a column that the items do not have.
-
-        ``vectors`` float32[I + 1, D]: unit length or zero, the last one zero, for items without.
-        """
+    def of(
+        settings: RerankSettings,
+        window: int,
+        columns: ItemColumns,
+        vectors: Float32 | None,
+        ties: Ties | None,
+        new_vectors: Float32 | None = None,
+    ) -> Rerank:
+        """From settings and the item table; ``ConfigError`` names a column that the items do not have. Vectors have unit length or are zero."""
 
         def known(name: str, where: str) -> str:
             if name not in columns.names:
@@ -76,6 +81,7 @@ class Rerank:
             tuple((cap.column, columns.codes(known(cap.column, "caps"))[0], cap.limit) for cap in settings.caps),
             mmr.relevance if mmr else 1.0,
             vectors if by_vectors else None,
+            new_vectors if by_vectors else None,
             columns.codes(known("category", "mmr.by"))[0] if mmr and not by_vectors else None,
             ties,
         )
@@ -163,11 +169,18 @@ class Rerank:
     def _similar(self, items: Int32, item: int) -> Float32:
         """Similarity of items to one item, 0 (or less) to 1."""
         if self.vectors is not None:
-            last = len(self.vectors) - 1
-            return np.asarray(self.vectors[np.minimum(items, last)] @ self.vectors[min(item, last)], dtype=np.float32)
+            return np.asarray(self._directions(self.vectors, items) @ self._directions(self.vectors, np.array([item]))[0], dtype=np.float32)
         assert self.groups is not None
         same: Float32 = ((self.groups[items] == self.groups[item]) & (self.groups[item] >= 0)).astype(np.float32)
         return same
+
+    def _directions(self, vectors: Float32, items: Array) -> Float32:
+        if self.new_vectors is None:
+            return vectors[items]
+        new = items >= len(vectors)
+        out = vectors[np.where(new, 0, items)]
+        out[new] = self.new_vectors[items[new] - len(vectors)]
+        return out
 
 
 def unit(vectors: Array) -> Float32:

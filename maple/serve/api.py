@@ -10,10 +10,10 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from maple.errors import DataError, ServeError
 from maple.schema import check_id
@@ -168,6 +168,8 @@ Scalar: TypeAlias = Annotated[
     WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "number"}, {"type": "string", "maxLength": 256}]}),
 ]
 Context: TypeAlias = Annotated[dict[Text, Scalar], Field(max_length=32)]
+Attribute: TypeAlias = Annotated[list[Text], Field(max_length=32)] | Scalar
+Attributes: TypeAlias = Annotated[dict[Text, Attribute | None], Field(max_length=64)]
 
 
 class HistoryEvent(Wire):
@@ -200,6 +202,7 @@ class RecommendationRequest(Wire):
         Field(max_length=16, description="item column -> accepted values, or a range of a numeric one or a time"),
     ] = {}
     context: Annotated[Context, Field(description="anything about this request: device, page, place")] = {}
+    attributes: Annotated[Attributes, Field(description="of the user; for this request they win over the stored ones")] = {}
 
 
 class EventIn(Wire):
@@ -221,6 +224,59 @@ class EventsRequest(Wire):
     """Events to store."""
 
     events: Annotated[list[EventIn], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class Promotion(Wire):
+    """From ``start`` on and before ``end``; without one of them, open on that side."""
+
+    start: Time | None = None
+    end: Time | None = None
+
+    @model_validator(mode="after")
+    def _ends_after_it_starts(self) -> Self:
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise ValueError("the promotion ends before it starts")
+        return self
+
+
+class ItemChanges(Wire):
+    """What changes of an item; what is left out stays, null takes back what was said live. An unknown item is added: it needs no field."""
+
+    available: Annotated[bool | None, Field(description="false = not recommended")] = None
+    stock: Annotated[Annotated[float, Field(ge=0, le=1e9)] | None, Field(description="0 = not recommended")] = None
+    price: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    promotion: Promotion | None = None
+    title: Annotated[str, Field(max_length=1024)] | None = None
+    category: Id | None = None
+    brand: Id | None = None
+    created_at: Time | None = None
+    attributes: Annotated[Attributes, Field(description="other columns of items; null takes one away")] = {}
+
+    def given(self) -> dict[str, Any]:
+        """The changes that were sent, as the live items take them."""
+        out = {name: getattr(self, name) for name in self.model_fields_set}
+        if self.promotion is not None:
+            out["promotion"] = (self.promotion.start, self.promotion.end)
+        return out
+
+
+class UserChanges(Wire):
+    """What a user is described by; what is left out stays, null takes an attribute away."""
+
+    attributes: Attributes
+
+
+class IdentityRequest(Wire):
+    """Two ids that are one person: the histories become one, under ``user_id`` or under an id it is joined with already."""
+
+    alias: Id
+    user_id: Id
+
+    @model_validator(mode="after")
+    def _two_ids(self) -> Self:
+        if self.alias == self.user_id:
+            raise ValueError("alias and user_id are the same id")
+        return self
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -278,6 +334,66 @@ class Accepted(Wire):
     duplicates: int
 
 
+class PromotionOut(Wire):
+    """ISO 8601 times; null = open."""
+
+    start: str | None
+    end: str | None
+
+
+class ItemState(Wire):
+    """What is known of an item: the bundle's columns with what was put live over them. ``version`` of its last live change, 0 = none."""
+
+    request_id: str
+    item_id: str
+    in_bundle: bool
+    withdrawn: bool
+    version: int
+    available: bool | None
+    stock: float | None
+    price: float | None
+    promotion: PromotionOut | None
+    title: str | None
+    category: str | None
+    brand: str | None
+    created_at: str | None
+    attributes: dict[str, Any]
+
+
+class UserStored(Wire):
+    """The change is durable."""
+
+    request_id: str
+    user_id: str
+
+
+class UserRemoved(Wire):
+    """What was removed; the user is gone when this is answered, and what is still sent of them is dropped."""
+
+    request_id: str
+    user_id: str
+    events: int
+    attributes: int
+    ids: int
+
+
+class Joined(Wire):
+    """The ids that are one person now. ``changed`` ids have just been joined, or parted."""
+
+    request_id: str
+    user_id: str
+    changed: int
+
+
+class LiveInfo(Wire):
+    """The live items as this process knows them; ``new`` ones are not in the bundle. ``read_s``: seconds since they were last read."""
+
+    version: int
+    items: int
+    new: int
+    read_s: float
+
+
 class Info(Wire):
     """What is being served."""
 
@@ -291,6 +407,7 @@ class Info(Wire):
     held: list[str]
     failed: dict[str, str]
     store: str
+    live: LiveInfo
 
 
 class Health(Wire):
@@ -352,9 +469,18 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
+def iso(moment: int | datetime | None) -> str | None:
+    """A time (microseconds since 1970) as ISO 8601 in UTC."""
+    if moment is None:
+        return None
+    if isinstance(moment, int):
+        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=moment)
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
 def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     """Stage durations in milliseconds, three decimals."""
     return {name: round(value * 1e3, 3) for name, value in seconds.items()}
 
 
-REQUEST_MODELS: Sequence[type[Wire]] = (RecommendationRequest, EventsRequest)
+REQUEST_MODELS: Sequence[type[Wire]] = (RecommendationRequest, EventsRequest, ItemChanges, UserChanges, IdentityRequest)

@@ -33,11 +33,18 @@ from maple.serve.api import (
     EventIn,
     EventsRequest,
     Health,
+    IdentityRequest,
     Info,
+    ItemChanges,
+    ItemState,
+    Joined,
     RecommendationRequest,
     Recommendations,
     RequestError,
     Similar,
+    UserChanges,
+    UserRemoved,
+    UserStored,
     Wire,
 )  # fmt: skip
 
@@ -45,6 +52,8 @@ log = logging.getLogger("maple.serve")
 
 RECOMMEND_BYTES = 256 << 10
 EVENTS_BYTES = 1 << 20
+CHANGE_BYTES = 64 << 10
+PathId = Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": 256})]
 W = TypeVar("W", bound=Wire)
 _LEGAL_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -63,13 +72,36 @@ class Service(Protocol):
     async def recommend(self, request: RecommendationRequest, call: Call) -> Mapping[str, Any]: ...
     async def similar(self, item_id: str, k: int, call: Call) -> Mapping[str, Any]: ...
     async def events(self, events: list[EventIn], call: Call) -> Mapping[str, Any]: ...
+    @property
+    def items(self) -> Items: ...
+    @property
+    def people(self) -> People: ...
     def info(self) -> Mapping[str, Any]: ...
     def health(self) -> Mapping[str, Any]: ...
 
 
+class Items(Protocol):
+    """Single items of the live catalogue."""
+
+    async def put(self, item_id: str, changes: ItemChanges, call: Call) -> Mapping[str, Any]: ...
+    async def get(self, item_id: str, call: Call) -> Mapping[str, Any]: ...
+    async def withdraw(self, item_id: str, call: Call) -> Mapping[str, Any]: ...
+
+
+class People(Protocol):
+    """Single users and the ids they go by."""
+
+    async def describe(self, user_id: str, changes: UserChanges, call: Call) -> Mapping[str, Any]: ...
+    async def forget(self, user_id: str, call: Call) -> Mapping[str, Any]: ...
+    async def join(self, request: IdentityRequest, call: Call) -> Mapping[str, Any]: ...
+    async def part(self, alias: str, call: Call) -> Mapping[str, Any]: ...
+
+
 def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     """The application. ``echo_request_id`` sends ``x-request-id`` back; off where a proxy in front does that already."""
-    app = FastAPI(title="Maple", version=__version__, summary="Recommendations, similar items, events", openapi_url="/openapi.json")
+    app = FastAPI(
+        title="Maple", version=__version__, summary="Recommendations, similar items, events, live items, users", openapi_url="/openapi.json"
+    )
 
     reading = _answers(Recommendations, 400, 413, 415, 422, 503)
 
@@ -82,14 +114,11 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     @app.get("/v1/items/{item_id:path}/similar", responses=_answers(Similar, 404, 422, 503))
     async def similar(
         request: Request,
-        item_id: Annotated[str, Path(json_schema_extra={"minLength": 1, "maxLength": 256})],
+        item_id: PathId,
         k: Annotated[str, Query(json_schema_extra={"type": "integer", "minimum": 1, "maximum": MAX_K})] = "10",
     ) -> Response:
         """The items most like an item."""
-        try:
-            check_id(item_id, "the item id")
-        except DataError as error:
-            raise RequestError(422, "invalid_request", str(error), "item_id", "use an id of the catalogue") from None
+        _check(item_id, "item_id")
         if not re.fullmatch(r"[0-9]{1,3}", k) or not 1 <= int(k) <= MAX_K:
             raise RequestError(422, "invalid_request", f"k must be an integer from 1 to {MAX_K}", "k", "leave it out for 10")
         return _json(await service.similar(item_id, int(k), _call(request)))
@@ -99,6 +128,9 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
         """Store events. They are durable when this answers, and the next request of that user sees them."""
         wanted = await read_request(request, EventsRequest, EVENTS_BYTES)
         return _json(await service.events(wanted.events, _call(request)))
+
+    _item_routes(app, service)
+    _people_routes(app, service)
 
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})
     async def healthz() -> Response:
@@ -116,6 +148,58 @@ def create_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(Boundary, echo_request_id=echo_request_id)
     return app
+
+
+def _item_routes(app: FastAPI, service: Service) -> None:
+    """The live catalogue: single items."""
+    writing = _answers(ItemState, 400, 413, 415, 422, 503)
+
+    @app.put("/v1/items/{item_id:path}", responses=writing, openapi_extra=_body("ItemChanges"))
+    async def put_item(request: Request, item_id: PathId) -> Response:
+        """Change price, stock, availability or promotion of an item, or add a new one. Durable when this answers."""
+        _check(item_id, "item_id")
+        changes = await read_request(request, ItemChanges, CHANGE_BYTES)
+        return _json(await service.items.put(item_id, changes, _call(request)))
+
+    @app.get("/v1/items/{item_id:path}", responses=_answers(ItemState, 404, 422, 503))
+    async def get_item(request: Request, item_id: PathId) -> Response:
+        """What is known of an item now."""
+        _check(item_id, "item_id")
+        return _json(await service.items.get(item_id, _call(request)))
+
+    @app.delete("/v1/items/{item_id:path}", responses=_answers(ItemState, 404, 422, 503))
+    async def withdraw_item(request: Request, item_id: PathId) -> Response:
+        """Recommend an item no more; putting it again brings it back."""
+        _check(item_id, "item_id")
+        return _json(await service.items.withdraw(item_id, _call(request)))
+
+
+def _people_routes(app: FastAPI, service: Service) -> None:
+    """Users: what they are described by, forgetting them, and the ids that are one person."""
+
+    @app.put("/v1/users/{user_id:path}", responses=_answers(UserStored, 400, 413, 415, 422, 503), openapi_extra=_body("UserChanges"))
+    async def put_user(request: Request, user_id: PathId) -> Response:
+        """Attributes of a user, such as age or membership. The next request of the user knows them."""
+        _check(user_id, "user_id")
+        changes = await read_request(request, UserChanges, CHANGE_BYTES)
+        return _json(await service.people.describe(user_id, changes, _call(request)))
+
+    @app.delete("/v1/users/{user_id:path}", responses=_answers(UserRemoved, 422, 503))
+    async def delete_user(request: Request, user_id: PathId) -> Response:
+        """Forget a user and every id joined with it: gone at once, and out of everything that is learned from now on."""
+        _check(user_id, "user_id")
+        return _json(await service.people.forget(user_id, _call(request)))
+
+    @app.post("/v1/identities", responses=_answers(Joined, 400, 413, 415, 422, 503), openapi_extra=_body("IdentityRequest"))
+    async def join(request: Request) -> Response:
+        """A device, a guest or a second account is this user: their histories are one from now on."""
+        return _json(await service.people.join(await read_request(request, IdentityRequest, CHANGE_BYTES), _call(request)))
+
+    @app.delete("/v1/identities/{alias:path}", responses=_answers(Joined, 422, 503))
+    async def part(request: Request, alias: PathId) -> Response:
+        """Take it back: both histories are as if they had never been joined."""
+        _check(alias, "alias")
+        return _json(await service.people.part(alias, _call(request)))
 
 
 class Boundary:
@@ -155,6 +239,14 @@ class Boundary:
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _check(text: str, where: str) -> None:
+    """``RequestError`` 422 for a path that is not a legal id."""
+    try:
+        check_id(text, "the id")
+    except DataError as error:
+        raise RequestError(422, "invalid_request", str(error), where, "escape the id as one part of the path") from None
 
 
 def _call(request: Request) -> Call:

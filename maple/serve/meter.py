@@ -19,7 +19,7 @@ _MAX_PENDING = 100_000  # observations between two flushes; beyond it they are c
 
 
 class RayMeter:
-    """The ``Meter`` of ``serve.service`` over ``ray.util.metrics``. Thread-safe."""
+    """The ``Meter`` of ``serve.door`` over ``ray.util.metrics``. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,6 +32,7 @@ class RayMeter:
             "maple_stage_errors": metrics.Counter("maple_stage_errors", "stages that failed", ("stage", "error")),
             "maple_cache": metrics.Counter("maple_cache", "lookups of the response cache", ("outcome",)),
             "maple_events": metrics.Counter("maple_events", "events received", ("outcome",)),
+            "maple_live_items": metrics.Counter("maple_live_items", "readings of the live items that brought changes", ("outcome",)),
             "maple_metrics_lost": metrics.Counter("maple_metrics_lost", "observations dropped because too many were pending", ()),
         }
         self._histograms = {
@@ -60,9 +61,13 @@ class RayMeter:
     def on_cache(self, outcome: str) -> None:
         self._count("maple_cache", (outcome,))
 
-    def on_events(self, accepted: int, duplicates: int) -> None:
+    def on_events(self, accepted: int, duplicates: int, deleted: int) -> None:
         self._count("maple_events", ("accepted",), accepted)
         self._count("maple_events", ("duplicate",), duplicates)
+        self._count("maple_events", ("deleted",), deleted)
+
+    def on_live(self, outcome: str) -> None:
+        self._count("maple_live_items", (outcome,))
 
     def _count(self, name: str, tags: tuple[str, ...], by: int = 1) -> None:
         with self._lock:

@@ -10,23 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
 from maple.artifacts import Place
+from maple.clock import SteadyClock
 from maple.errors import ArtifactError, MapleError, ServeError
 from maple.recommend.bundle import Bundle, cache_locally, load
 from maple.recommend.engine import Candidates, Deadline, Pipeline, Query, RemoteSegment, Segment, SegmentResult
+from maple.recommend.live import LiveBundle
 from maple.serve.http import create_app
+from maple.serve.live import LiveCatalogue, Poller
 from maple.serve.meter import RayMeter
 from maple.serve.service import Held, LocalService
 from maple.serve.settings import ServeSettings
-from maple.serve.stores import open_store
+from maple.serve.stores import open_live, open_store
 
 log = logging.getLogger("maple.serve")
 
@@ -77,8 +81,8 @@ class Shelf(Generic[T]):
                     raise ArtifactError(failed[pointer["serve"]])
                 return
             self.ready = {digest: ready for digest, ready in self.ready.items() if digest in wanted}
+            await asyncio.to_thread(self.took, self.ready, pointer["serve"], int(pointer["generation"]))
             self.serving, self.generation = pointer["serve"], int(pointer["generation"])
-            self.took(self.ready, self.serving, self.generation)
 
     def _load(self, digest: str) -> T:
         """Verified, asked its canaries, and made ready."""
@@ -89,16 +93,29 @@ class Shelf(Generic[T]):
         return {"serve": self.serving, "generation": self.generation, "held": list(self.ready), "failed": dict(self.failed)}
 
 
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """The pipeline of a bundle over the live catalogue, and how many items that has; ``stamp``: of which state of it."""
+
+    base: Bundle
+    pipeline: Pipeline
+    size: int
+    stamp: int
+
+
 class Segments:
     """Runs one segment of the pipeline for the ingress, on whichever bundle the request names."""
 
     def __init__(self, args: dict[str, Any], step: Step) -> None:
         settings = ServeSettings.parse(args, "serve arguments")
-        meter = RayMeter()
-        self.step = step
-        self.shelf: Shelf[Pipeline] = Shelf(
-            settings, lambda bundle: bundle.pipeline(observer=meter), lambda ready, serving, generation: None
-        )
+        clock, offset = SteadyClock(), int(settings.clock_offset_s * 1e6)
+        self.step, self.meter = step, RayMeter()
+        self.live = LiveCatalogue(open_live(settings), lambda: clock.now() + offset)
+        self.live.poll()
+        self.shelf: Shelf[Laid] = Shelf(settings, self._over, self._take)
+        self.ready: dict[str, Laid] = {}
+        self._turn = threading.Lock()
+        self.poller = Poller(self.refresh, settings.live_poll_s)
         self.threads = ThreadPoolExecutor(settings.threads, "maple-compute")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -109,14 +126,37 @@ class Segments:
         """What this replica holds, for whoever releases."""
         return self.shelf.state()
 
-    async def run(self, digest: str, queries: Sequence[Query], candidates: Candidates, seconds: float | None) -> SegmentResult:
-        """The segment's result within ``seconds`` from now; clocks of different machines are never compared."""
-        pipeline = self.shelf.ready.get(digest)
-        if pipeline is None:
-            raise ServeError(f"this replica does not hold bundle {digest[:12]}")
+    def refresh(self) -> None:
+        """Read the live items; if they have changed, the next run sees them."""
+        if self.live.poll():
+            self._take(self.ready, "", 0)
+
+    def _over(self, bundle: Bundle) -> Laid:
+        over, stamp = self.live.over(bundle)
+        return Laid(bundle, over.pipeline(observer=self.meter), len(over.space.items), stamp)
+
+    def _take(self, ready: Mapping[str, Laid], serving: str, generation: int) -> None:
+        with self._turn:
+            stamp = self.live.seen.stamp
+            self.ready = {digest: laid if laid.stamp == stamp else self._over(laid.base) for digest, laid in ready.items()}
+
+    async def run(self, digest: str, size: int, queries: Sequence[Query], candidates: Candidates, seconds: float | None) -> SegmentResult:
+        """The segment's result within ``seconds`` from now; clocks of different machines are never compared.
+
+        ``size``: how many items the asking replica knows. It may have read the live items earlier or later than this one: what it does
+        not know is not proposed to it, and what it knows better is read first.
+        """
         deadline = None if seconds is None else Deadline.after(seconds)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, pipeline.run_segment, self.step, queries, candidates, deadline)
+        laid = self.ready.get(digest)
+        if laid is not None and laid.size < size:
+            await loop.run_in_executor(self.threads, self.refresh)
+            laid = self.ready.get(digest)
+        if laid is None or laid.size < size:
+            raise ServeError(f"this replica does not hold bundle {digest[:12]} with {size} items")
+        result = await loop.run_in_executor(self.threads, laid.pipeline.run_segment, self.step, queries, candidates, deadline)
+        got = result.candidates
+        return replace(result, candidates=got.keep(got.items < size, self.step, "newer than the asking replica"))
 
 
 class Ingress:
@@ -128,8 +168,9 @@ class Ingress:
         if candidates is not None and ranker is not None:
             handles = {"retrieve": candidates, "rank": ranker}
 
-        def remote(digest: str) -> Mapping[Segment, RemoteSegment] | None:
-            return {name: far(handle, digest, with_state=name == "rank") for name, handle in handles.items()} or None
+        def remote(bundle: LiveBundle) -> Mapping[Segment, RemoteSegment] | None:
+            digest, size = str(bundle.digest), len(bundle.space.items)
+            return {name: far(handle, digest, size, with_state=name == "rank") for name, handle in handles.items()} or None
 
         self.service = LocalService(settings, lambda folder: open_store(settings, folder), remote=remote, meter=RayMeter())
         self.shelf: Shelf[Held] = Shelf(settings, self.service.prepare, self.service.hold)
@@ -147,13 +188,13 @@ class Ingress:
         return self.shelf.state()
 
 
-def far(handle: DeploymentHandle, digest: str, *, with_state: bool) -> RemoteSegment:
-    """A segment on another deployment. User states travel only where features are read."""
+def far(handle: DeploymentHandle, digest: str, size: int, *, with_state: bool) -> RemoteSegment:
+    """A segment on another deployment, over ``size`` items. User states travel only where features are read."""
     method = handle.options(method_name="run")
 
     async def call(queries: Sequence[Query], candidates: Candidates, deadline: Deadline | None) -> SegmentResult:
         sent = queries if with_state else [replace(query, state=None) for query in queries]
-        result: SegmentResult = await method.remote(digest, sent, candidates, None if deadline is None else deadline.left())
+        result: SegmentResult = await method.remote(digest, size, sent, candidates, None if deadline is None else deadline.left())
         return result
 
     return call

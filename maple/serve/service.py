@@ -9,68 +9,60 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from maple import __version__
-from maple.errors import DataError, MapleError
+from maple.artifacts import Place
+from maple.clock import SteadyClock
 from maple.features.folder import Folder, Rows
+from maple.features.live_items import LiveItems
 from maple.features.spec import FeatureSpec
 from maple.features.states import UserState
 from maple.features.store import Ack, Event, OnlineStore
 from maple.hashing import combine
 from maple.recommend.bundle import Bundle, UnknownItem
-from maple.recommend.engine import Deadline, Observer, Pipeline, Query, RemoteSegment, Segment, Slates
+from maple.recommend.engine import Deadline, Pipeline, Query, RemoteSegment, Segment, Slates
 from maple.recommend.filters import FilterError
+from maple.recommend.live import LiveBundle
 from maple.schema import EVENT_CODES, EVENT_TYPES
 from maple.serve.api import EventIn, HistoryEvent, Range, RecommendationRequest, RequestError, rounded
 from maple.serve.batcher import Batcher
 from maple.serve.cache import ResponseCache
+from maple.serve.door import Door, Meter, NoMeter
 from maple.serve.http import Call
+from maple.serve.live import Items, LiveCatalogue, Poller
+from maple.serve.people import People
 from maple.serve.settings import ServeSettings
+from maple.serve.stores import open_live
 
 log = logging.getLogger("maple.serve")
 
 #: Events may be this far ahead of this machine's clock (the sender's runs fast); they count as happening now.
 LEAD_US = 300 * 1_000_000
 
-Remote = Callable[[str], Mapping[Segment, RemoteSegment] | None]
-"""Where a bundle's segments run, by its digest; None = here."""
-
-
-class Meter(Observer, Protocol):
-    """Counts what the service does. Called from several threads; must be quick and never raise."""
-
-    def on_answer(self, endpoint: str, seconds: float, path: Sequence[str], degraded: Sequence[str]) -> None: ...
-    def on_refusal(self, endpoint: str, kind: str) -> None: ...
-    def on_cache(self, outcome: str) -> None: ...
-    def on_events(self, accepted: int, duplicates: int) -> None: ...
-
-
-class NoMeter:
-    """Counts nothing."""
-
-    def on_stage(self, name: str, seconds: float, n_in: int, n_out: int, error: str | None) -> None: ...
-    def on_answer(self, endpoint: str, seconds: float, path: Sequence[str], degraded: Sequence[str]) -> None: ...
-    def on_refusal(self, endpoint: str, kind: str) -> None: ...
-    def on_cache(self, outcome: str) -> None: ...
-    def on_events(self, accepted: int, duplicates: int) -> None: ...
+Remote = Callable[[LiveBundle], Mapping[Segment, RemoteSegment] | None]
+"""Where the segments of a bundle run; None = here."""
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A bundle ready to answer: its pipeline, what folds events into its features, and the queue of its runs."""
+    """A bundle over the live catalogue, ready to answer: its pipeline, what folds events into its features, and the queue of its runs.
+
+    ``stamp`` identifies the state of the live catalogue; another state is another ``Held``.
+    """
 
     digest: str
-    bundle: Bundle
+    bundle: LiveBundle
+    stamp: int
     pipeline: Pipeline
     folder: Folder
     batcher: Batcher
@@ -86,10 +78,24 @@ class Answer:
     timings: Mapping[str, float]  # seconds
 
 
+@dataclass(frozen=True, eq=False)
+class Stores:
+    """What a service keeps open: the online store, the live items, and who reads these."""
+
+    store: OnlineStore
+    live: LiveCatalogue
+    poller: Poller
+
+    def close(self) -> None:
+        self.poller.close()
+        self.live.close()
+        self.store.close()
+
+
 class LocalService:
     """The API's ``Service`` in one process; see ``serve.http.Service`` for the methods' meaning.
 
-    ``open_store`` opens the online store, once; ``remote`` says where the segments of a bundle run.
+    ``open_store`` opens the online store, ``open_items`` the live items, each once; ``remote`` says where the segments of a bundle run.
     """
 
     def __init__(
@@ -97,19 +103,24 @@ class LocalService:
         settings: ServeSettings,
         open_store: Callable[[Folder], OnlineStore],
         *,
-        remote: Remote = lambda digest: None,
+        open_items: Callable[[], LiveItems] | None = None,
+        remote: Remote = lambda bundle: None,
         meter: Meter | None = None,
     ) -> None:
         self.settings, self.open_store, self.remote = settings, open_store, remote
+        self.open_items = open_items or partial(open_live, settings)
         self.meter: Meter = meter or NoMeter()
-        self.store: OnlineStore | None = None
+        self.door = Door(settings.max_in_flight, self.meter)
+        self.items = Items(self.door, lambda: self._opened().live.items, lambda: self._current().bundle, self.refresh)
+        self.people = People(self.door, lambda: self._opened().store, Place.at(settings.home), self._forget_answers)
         self.generation = 0
         self.failed: Callable[[], Mapping[str, str]] = dict  # digests that could not be loaded, and why; set by who loads
         self._held: dict[str, Held] = {}
         self._serving: Held | None = None
-        self._in_flight = 0
+        self._stores: Stores | None = None
+        self._opening, self._turn = threading.Lock(), threading.Lock()
+        self._clock = SteadyClock()
         self._compute = ThreadPoolExecutor(settings.threads, "maple-compute")
-        self._io = ThreadPoolExecutor(8, "maple-io")
         self._cache: ResponseCache[Answer] = ResponseCache(settings.cache.size, settings.cache.lifetime_s)
 
     # -- bundles -------------------------------------------------------------------------------------------------------
@@ -121,37 +132,72 @@ class LocalService:
         return first + [digest for digest in self._held if digest not in first]
 
     def prepare(self, bundle: Bundle) -> Held:
-        """Make a bundle ready: build its pipeline, open the store, ask one question to warm everything up. Takes seconds; any thread."""
+        """Make a bundle ready: open the stores, build its pipeline, ask one question to warm everything up. Takes seconds; any thread."""
         assert bundle.digest is not None, "only a published bundle is served"
-        pipeline = bundle.pipeline(observer=self.meter)
-        folder = folder_of(bundle)
-        if self.store is None:
-            self.store = self.open_store(folder)
-        self._warm_up(bundle, pipeline, folder)
-        answer = partial(self._run, pipeline, self.remote(bundle.digest))
-        return Held(bundle.digest, bundle, pipeline, folder, Batcher(answer, max_batch=self.settings.max_batch, workers=self.settings.runs))
+        with self._opening:
+            if self._stores is None:
+                self._stores = self._open(folder_of(bundle))
+        held = self._over(bundle)
+        self._warm_up(held)
+        return held
 
-    def _warm_up(self, bundle: Bundle, pipeline: Pipeline, folder: Folder) -> None:
+    def _open(self, folder: Folder) -> Stores:
+        live = LiveCatalogue(self.open_items(), self.now)
+        live.poll()
+        return Stores(self.open_store(folder), live, Poller(self.refresh, self.settings.live_poll_s))
+
+    def _over(self, bundle: Bundle, folder: Folder | None = None) -> Held:
+        """A bundle over the live catalogue as it is now."""
+        over, stamp = self._opened().live.over(bundle)
+        pipeline = over.pipeline(observer=self.meter)
+        answer = partial(self._run, pipeline, self.remote(over))
+        batcher = Batcher(answer, max_batch=self.settings.max_batch, workers=self.settings.runs)
+        return Held(str(bundle.digest), over, stamp, pipeline, folder or folder_of(bundle), batcher)
+
+    def _warm_up(self, held: Held) -> None:
         """Ask for a user with a history and one without: what compiles, maps or connects on first use does it now."""
-        assert self.store is not None, "prepare has opened the store"
-        history = [HistoryEvent.model_validate(dict(zip(("item_id", "event", "timestamp"), event, strict=True))) for event in _past(bundle)]
-        known = RecommendationRequest(user_id="maple-warm-up", history=history)
+        past = [dict(zip(("item_id", "event", "timestamp"), event, strict=True)) for event in _past(held.bundle)]
+        known = RecommendationRequest(user_id="maple-warm-up", history=[HistoryEvent.model_validate(event) for event in past])
         unknown = RecommendationRequest(user_id="maple-warm-up")
-        states = (_given(folder, known), self.store.get([unknown.user_id], folder)[unknown.user_id])
-        queries = [self._query(bundle, asked, state, "warm-up") for asked, state in zip((known, unknown), states, strict=True)]
+        states = (_given(held.folder, known), self._opened().store.get([unknown.user_id], held.folder)[unknown.user_id])
+        queries = [self._query(held.bundle, asked, state, "warm-up") for asked, state in zip((known, unknown), states, strict=True)]
         for batch in (queries[:1], queries):
-            bundle.decode(pipeline.run(batch, explain=True, on_error="degrade"))
+            held.bundle.decode(held.pipeline.run(batch, explain=True, on_error="degrade"))
 
     def hold(self, ready: Mapping[str, Held], serve: str, generation: int) -> None:
         """From now on ``serve`` answers and exactly these bundles are held.
 
         The flip is one assignment: a request sees the one or the other.
         """
-        self._held = dict(ready)
+        with self._turn:
+            self._place(ready, serve)
+            self.generation = generation
+        store, folders = self._opened().store, [held.folder for held in ready.values()]
+        store.adopt(ready[serve].folder)
+        self.door.later(lambda: store.prune(folders))
+
+    def refresh(self) -> None:
+        """Read the live items; if they have changed, the next request sees them. Any thread."""
+        if self._opened().live.poll():
+            self.meter.on_live("changed")
+            with self._turn:
+                if self._serving is not None:
+                    self._place(self._held, self._serving.digest)
+
+    def _place(self, ready: Mapping[str, Held], serve: str) -> None:
+        stamp = self._opened().live.seen.stamp
+        self._held = {
+            digest: held if held.stamp == stamp else self._over(held.bundle.base, held.folder) for digest, held in ready.items()
+        }  # fmt: skip
         self._serving = self._held[serve]
-        self.generation = generation
-        if self.store is not None:
-            self.store.folder = self._serving.folder
+
+    def _opened(self) -> Stores:
+        if self._stores is None:
+            raise _starting()
+        return self._stores
+
+    def _forget_answers(self) -> None:
+        self._cache.clear()
 
     async def _run(
         self, pipeline: Pipeline, remote: Mapping[Segment, RemoteSegment] | None, queries: Sequence[Query], deadline: Deadline
@@ -160,18 +206,18 @@ class LocalService:
 
     def _current(self) -> Held:
         if self._serving is None:
-            raise RequestError(503, "starting", "no bundle is loaded yet", "", "try again in a moment", 1)
+            raise _starting()
         return self._serving
 
     # -- recommendations -----------------------------------------------------------------------------------------------
 
     async def recommend(self, request: RecommendationRequest, call: Call) -> dict[str, Any]:
-        with self._admitted("recommendations"):
+        with self.door.admitted("recommendations"):
             held = self._current()
             deadline_ms = self.settings.deadline_ms or held.bundle.settings.deadline_ms
             deadline = Deadline(call.arrived + deadline_ms / 1000)
             started = time.monotonic()
-            query, key = await asyncio.get_running_loop().run_in_executor(self._io, self._prepared, held, request, call.request_id)
+            query, key = await self.door.run(partial(self._prepared, held, request, call.request_id))
             user_seconds = time.monotonic() - started
             answer, outcome = await self._cache.get(key, partial(self._answer, held, query, deadline), lambda answer: not answer.degraded)
             self.meter.on_cache(outcome)
@@ -187,8 +233,7 @@ class LocalService:
     def _prepared(self, held: Held, request: RecommendationRequest, request_id: str) -> tuple[Query, str]:
         """The query and its cache key, from the request and the user's state as it is now."""
         if request.history is None:
-            assert self.store is not None, "a held bundle has opened the store"
-            state = self.store.get([request.user_id], held.folder)[request.user_id]
+            state = self._opened().store.get([request.user_id], held.folder)[request.user_id]
         else:
             now = self.now()
             for place, event in enumerate(request.history):
@@ -200,7 +245,7 @@ class LocalService:
             log.info("request %s: %s", request_id, error)
             hint = "filter by another column; /openapi.json says what a filter may be"
             raise RequestError(422, "invalid_filter", "these items cannot answer a filter", "filters", hint) from None
-        return query, _key(held.digest, request, query, state)
+        return query, _key(f"{held.digest}:{held.stamp}", request, query, state)
 
     def _query(self, bundle: Bundle, request: RecommendationRequest, state: UserState, request_id: str) -> Query:
         times = state.times.tolist()
@@ -209,7 +254,7 @@ class LocalService:
             request.user_id,
             now=max(self.now(), max(times, default=0) + 1),  # a row sees strictly earlier events; another node's clock may run ahead
             k=request.k, history=history, state=state, exclude=request.exclude, filters=_filters(bundle, request), context=request.context,
-            request_id=request_id,
+            attributes={**state.attributes, **request.attributes}, request_id=request_id,
         )  # fmt: skip
 
     async def _answer(self, held: Held, query: Query, deadline: Deadline) -> Answer:
@@ -226,25 +271,10 @@ class LocalService:
         path = ("cold", *slates.path) if slates.cold[share.row] else slates.path
         return Answer(items, path, slates.degraded, {"queue": share.waited, **slates.timings})
 
-    @contextmanager
-    def _admitted(self, endpoint: str) -> Iterator[None]:
-        """Inside, a request counts as in flight; one too many is refused at once."""
-        if self._in_flight >= self.settings.max_in_flight:
-            self.meter.on_refusal(endpoint, "overloaded")
-            raise RequestError(503, "overloaded", "too many requests at once", "", "try again after the time in `Retry-After`", 1)
-        self._in_flight += 1
-        try:
-            yield
-        except RequestError as refusal:
-            self.meter.on_refusal(endpoint, refusal.kind)
-            raise
-        finally:
-            self._in_flight -= 1
-
     # -- the rest of the API -------------------------------------------------------------------------------------------
 
     async def similar(self, item_id: str, k: int, call: Call) -> dict[str, Any]:
-        with self._admitted("similar"):
+        with self.door.admitted("similar"):
             held = self._current()
             try:
                 found = await asyncio.get_running_loop().run_in_executor(self._compute, held.bundle.similar, item_id, k)
@@ -259,23 +289,13 @@ class LocalService:
             return {"request_id": call.request_id, "bundle": held.digest, "item_id": item_id, "items": items}
 
     async def events(self, events: list[EventIn], call: Call) -> dict[str, Any]:
-        with self._admitted("events"):
-            self._current()
-            assert self.store is not None, "a held bundle has opened the store"
-            rows = [_event(event, place, self.now()) for place, event in enumerate(events)]
-            try:
-                acks = await asyncio.get_running_loop().run_in_executor(self._io, self.store.append, rows)
-            except DataError:
-                hint = "a context may have 8 KiB; see /openapi.json for the other limits"
-                raise RequestError(422, "invalid_request", "an event cannot be stored as it is", "events", hint) from None
-            except (MapleError, OSError) as error:
-                log.error("request %s: events were not stored: %s", call.request_id, error)
-                hint = "send them again with the same event_id; nothing is counted twice"
-                raise RequestError(503, "not_stored", "the events could not be made durable", "events", hint, 1) from None
-            accepted = acks.count(Ack.STORED)
-            self.meter.on_events(accepted, len(acks) - accepted)
-            self.meter.on_answer("events", time.monotonic() - call.arrived, (), ())
-            return {"request_id": call.request_id, "accepted": accepted, "duplicates": len(acks) - accepted}
+        self._current()
+        rows = [_event(event, place, self.now()) for place, event in enumerate(events)]
+        acks = await self.door.write("events", call, lambda: self._opened().store.append(rows), "events")
+        duplicates, deleted = acks.count(Ack.DUPLICATE), acks.count(Ack.DELETED)
+        self.meter.on_events(len(acks) - duplicates - deleted, duplicates, deleted)
+        # Events of somebody who is forgotten are dropped without a word: an answer must not tell who that is.
+        return {"request_id": call.request_id, "accepted": len(acks) - duplicates, "duplicates": duplicates}
 
     def info(self) -> dict[str, Any]:
         held = self._current()
@@ -287,23 +307,28 @@ class LocalService:
             "bundle": held.digest, "generation": self.generation, "placement": self.settings.placement,
             "data_fingerprint": held.bundle.about.data, "models": models, "num_items": len(held.bundle.space.items),
             "versions": {**held.bundle.about.versions, "serving": __version__, "serving_numpy": np.__version__},
-            "held": self.held, "failed": dict(self.failed()), "store": self.settings.store.kind,
+            "held": self.held, "failed": dict(self.failed()), "store": self.settings.store.kind, "live": self._live_info(held),
         }  # fmt: skip
+
+    def _live_info(self, held: Held) -> dict[str, Any]:
+        live = self._opened().live
+        view, age = live.seen.view, time.monotonic() - live.read_at
+        return {"version": view.version, "items": len(view.items), "new": held.bundle.num_new, "read_s": round(age, 3)}
 
     def health(self) -> dict[str, Any]:
         return {"status": "ok" if self._serving else "starting", "bundle": self._serving.digest if self._serving else None}
 
     def now(self) -> int:
         """The service's time in microseconds; offset where it serves data of another time."""
-        return time.time_ns() // 1000 + int(self.settings.clock_offset_s * 1e6)
+        return self._clock.now() + int(self.settings.clock_offset_s * 1e6)
 
     def close(self) -> None:
         """Wait for running work and let go of threads and stores."""
         self._serving = None
-        self._io.shutdown()
+        self.door.close()
         self._compute.shutdown()
-        if self.store is not None:
-            self.store.close()
+        if self._stores is not None:
+            self._stores.close()
 
 
 def folder_of(bundle: Bundle) -> Folder:
@@ -311,6 +336,10 @@ def folder_of(bundle: Bundle) -> Folder:
     plain = {"views": [], "history_limit": bundle.settings.history_limit}
     spec = bundle.features.spec if bundle.features is not None else FeatureSpec.parse(plain, "feature spec")
     return Folder(spec, bundle.catalogue)
+
+
+def _starting() -> RequestError:
+    return RequestError(503, "starting", "no bundle is loaded yet", "", "try again in a moment", 1)
 
 
 def _past(bundle: Bundle) -> list[tuple[str, str, int]]:
@@ -382,9 +411,9 @@ def _row(slates: Slates, row: int) -> Slates:
     )  # fmt: skip
 
 
-def _key(digest: str, request: RecommendationRequest, query: Query, state: UserState) -> str:
-    """Everything an answer depends on but the time: bundle, request, and the user's events up to the last one stored."""
+def _key(bundle: str, request: RecommendationRequest, query: Query, state: UserState) -> str:
+    """Everything an answer depends on but the time: bundle and live catalogue, request, and the user's events up to the last one stored."""
     tail = f"{request.history is None}:{state.size}:{state.tail[0]}:{state.tail[1]}"
-    rest = json.dumps([query.k, request.exclude, query.filters, request.context], sort_keys=True)
+    rest = json.dumps([query.k, request.exclude, query.filters, request.context, dict(query.attributes)], sort_keys=True)
     history = (query.items.tobytes() + query.events.tobytes() + query.times.tobytes()).hex()
-    return combine([digest, request.user_id, tail, rest, history])
+    return combine([bundle, request.user_id, tail, rest, history])

@@ -43,6 +43,7 @@ class ServeSettings(Section):
     runs: Annotated[int, Field(ge=1, le=64)] = 1  # batches at once in one replica
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8  # queries answered together while others wait
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests inside one ingress replica; more are refused with 503
+    live_poll_s: Annotated[float, Field(gt=0, le=3600)] = 1.0  # how often each replica looks for changes of single items
     clock_offset_s: float = 0.0  # added to the clock: a service over historical data lives in the time of its data
 
     @model_validator(mode="after")

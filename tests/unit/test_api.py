@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maple.schema import EVENT_TYPES
-from maple.serve.api import EventIn, EventsRequest, RecommendationRequest, RequestError, read_json
+from maple.serve.api import EventIn, EventsRequest, ItemChanges, RecommendationRequest, RequestError, UserChanges, iso, read_json
 
 OK = {"user_id": "u1"}
 
@@ -48,6 +48,7 @@ def test_raw_bytes_that_are_refused(raw: bytes, status: int) -> None:
         {"history": [{"item_id": "i", "timestamp": "2026-01-01T00:00:00Z"}] * 1001}, {"history": {}},
         {"exclude": ["i"] * 1001}, {"exclude": "i"}, {"exclude": [1]}, {"filters": {"category": []}}, {"filters": {"category": "a"}},
         {"filters": {"category": [["a"]]}}, {"filters": {str(n): ["a"] for n in range(17)}}, {"context": {"a": {}}},
+        {"attributes": {"a": {}}}, {"attributes": {"a": ["x", 1]}}, {"attributes": {str(n): 1 for n in range(65)}}, {"attributes": []},
         {"context": {"a": "x" * 257}}, {"context": {str(n): 1 for n in range(33)}}, {"limit": 3},
     ],
 )  # fmt: skip
@@ -89,6 +90,23 @@ def test_unknown_field_is_not_repeated_but_the_near_one_is_named() -> None:
     said = json.dumps(caught.value.plain("r"))
     assert "filterz" not in said
     assert "'filters'" in said
+
+
+def test_changes_hold_what_was_sent_and_nothing_else() -> None:
+    sent = ItemChanges.read(
+        b'{"price": 3, "stock": null, "promotion": {"end": "2026-01-31T11:00:00Z"}, "attributes": {"a": null, "b": [ "x" ]}}'
+    )
+    assert sent.given() == {"price": 3, "stock": None, "promotion": (None, 1_769_857_200_000_000), "attributes": {"a": None, "b": ["x"]}}
+    assert ItemChanges.read(b"{}").given() == {}
+    assert ItemChanges.read(b'{"promotion": null}').given() == {"promotion": None}
+    assert UserChanges.read(b'{"attributes": {"age": 4, "vip": true, "name": null}}').attributes == {"age": 4, "vip": True, "name": None}
+
+
+def test_times_go_out_as_iso_and_come_back_the_same() -> None:
+    assert iso(None) is None
+    for at in (1_769_857_200_000_001, 1 << 47):
+        text = json.dumps({"created_at": iso(at)})
+        assert ItemChanges.read(text.encode()).created_at == at
 
 
 ANY = st.recursive(

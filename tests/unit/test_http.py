@@ -14,10 +14,63 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maple.errors import ArtifactError
-from maple.serve.api import Accepted, ErrorBody, EventIn, Health, Info, RecommendationRequest, Recommendations, RequestError, Similar
-from maple.serve.http import EVENTS_BYTES, RECOMMEND_BYTES, Call, create_app
+from maple.serve.api import (
+    Accepted,
+    ErrorBody,
+    EventIn,
+    Health,
+    IdentityRequest,
+    Info,
+    ItemChanges,
+    ItemState,
+    Joined,
+    RecommendationRequest,
+    Recommendations,
+    RequestError,
+    Similar,
+    UserChanges,
+    UserRemoved,
+    UserStored,
+)
+from maple.serve.http import CHANGE_BYTES, EVENTS_BYTES, RECOMMEND_BYTES, Call, create_app
 
 JSON = {"content-type": "application/json"}
+
+
+class FakeItems:
+    """Knows one item."""
+
+    async def put(self, item_id: str, changes: ItemChanges, call: Call) -> Mapping[str, Any]:
+        return self._told(item_id, call) | {"price": changes.price}
+
+    async def get(self, item_id: str, call: Call) -> Mapping[str, Any]:
+        return self._told(item_id, call)
+
+    async def withdraw(self, item_id: str, call: Call) -> Mapping[str, Any]:
+        if item_id != "known/../id":
+            raise RequestError(404, "unknown_item", "nobody knows this item", "item_id", "use an id of the catalogue")
+        return self._told(item_id, call) | {"withdrawn": True}
+
+    def _told(self, item_id: str, call: Call) -> dict[str, Any]:
+        nothing = dict.fromkeys(("available", "stock", "price", "promotion", "title", "category", "brand", "created_at"))
+        said = {"in_bundle": True, "withdrawn": False, "version": 1, "attributes": {}}
+        return {"request_id": call.request_id, "item_id": item_id, **nothing, **said}
+
+
+class FakePeople:
+    """Stores nothing."""
+
+    async def describe(self, user_id: str, changes: UserChanges, call: Call) -> Mapping[str, Any]:
+        return {"request_id": call.request_id, "user_id": user_id}
+
+    async def forget(self, user_id: str, call: Call) -> Mapping[str, Any]:
+        return {"request_id": call.request_id, "user_id": user_id, "events": 2, "attributes": 1, "ids": 1}
+
+    async def join(self, request: IdentityRequest, call: Call) -> Mapping[str, Any]:
+        return {"request_id": call.request_id, "user_id": request.user_id, "changed": 1}
+
+    async def part(self, alias: str, call: Call) -> Mapping[str, Any]:
+        return {"request_id": call.request_id, "user_id": alias, "changed": 0}
 
 
 class Fake:
@@ -46,8 +99,17 @@ class Fake:
             raise self.fault
         return {"request_id": call.request_id, "accepted": len(events), "duplicates": 0}
 
+    @property
+    def items(self) -> FakeItems:
+        return FakeItems()
+
+    @property
+    def people(self) -> FakePeople:
+        return FakePeople()
+
     def info(self) -> Mapping[str, Any]:
         return {
+            "live": {"version": 3, "items": 2, "new": 1, "read_s": 0.5},
             "bundle": "b", "generation": 1, "placement": "fused", "data_fingerprint": "d", "models": {}, "num_items": 1, "versions": {},
             "held": ["b"], "failed": {}, "store": "sqlite",
         }  # fmt: skip
@@ -72,10 +134,21 @@ def post(path: str, content: Any, headers: Mapping[str, str] = JSON) -> httpx.Re
     return ask("POST", path, content=content, headers=headers)
 
 
+def put(path: str, content: Any, headers: Mapping[str, str] = JSON) -> httpx.Response:
+    return ask("PUT", path, content=content, headers=headers)
+
+
 def test_answers_have_their_documented_types() -> None:
     Recommendations.model_validate(post("/v1/recommendations", b'{"user_id":"u","k":3}').json())
     Accepted.model_validate(post("/v1/events", b'{"events":[{"user_id":"u","item_id":"i","event":"view"}]}').json())
     Similar.model_validate(ask("GET", "/v1/items/known%2F..%2Fid/similar?k=3").json())
+    ItemState.model_validate(put("/v1/items/known%2F..%2Fid", b'{"price":3,"promotion":null}').json())
+    ItemState.model_validate(ask("GET", "/v1/items/other").json())
+    ItemState.model_validate(ask("DELETE", "/v1/items/known%2F..%2Fid").json())
+    UserStored.model_validate(put("/v1/users/u", b'{"attributes":{"age":3,"tags":["a"],"old":null}}').json())
+    UserRemoved.model_validate(ask("DELETE", "/v1/users/a%2Fb").json())
+    Joined.model_validate(post("/v1/identities", b'{"alias":"device","user_id":"u"}').json())
+    Joined.model_validate(ask("DELETE", "/v1/identities/device").json())
     Info.model_validate(ask("GET", "/v1/info").json())
     Health.model_validate(ask("GET", "/healthz").json())
 
@@ -93,6 +166,14 @@ def test_answers_have_their_documented_types() -> None:
         ("POST", "/v1/recommendations", b'{"user_id":"u"}', {"content-type": "multipart/form-data; boundary=x"}, 415),
         ("POST", "/v1/recommendations", b" " * (RECOMMEND_BYTES + 1), JSON, 413),
         ("POST", "/v1/events", b" " * (EVENTS_BYTES + 1), JSON, 413),
+        ("PUT", "/v1/items/i", b" " * (CHANGE_BYTES + 1), JSON, 413), ("PUT", "/v1/users/u", b"{}", {}, 415),
+        ("PUT", "/v1/items/i", b'{"price":-1}', JSON, 422), ("PUT", "/v1/items/a%00b", b"{}", JSON, 422),
+        ("PUT", "/v1/items/", b"{}", JSON, 422),
+        ("PUT", "/v1/items/i", b'{"promotion":{"start":"2026-01-02T00:00:00Z","end":"2026-01-01T00:00:00Z"}}', JSON, 422),
+        ("DELETE", "/v1/items/other", b"", {}, 404), ("POST", "/v1/items/i", b"{}", JSON, 405), ("GET", "/v1/items/", b"", {}, 422),
+        ("PUT", "/v1/users/u", b'{"attributes":{"a":{}}}', JSON, 422), ("PUT", "/v1/users/u", b"{}", JSON, 422),
+        ("GET", "/v1/users/u", b"", {}, 405), ("DELETE", "/v1/users/a%0Ab", b"", {}, (404, 422)), ("DELETE", "/v1/users/", b"", {}, 422),
+        ("POST", "/v1/identities", b'{"alias":"a","user_id":"a"}', JSON, 422), ("DELETE", "/v1/identities/" + "a" * 300, b"", {}, 422),
         ("POST", "/v1/events", b'{"events":[]}', JSON, 422), ("POST", "/v1/events", b'[{"user_id":"u"}]', JSON, 422),
     ],
 )  # fmt: skip
@@ -163,6 +244,9 @@ def test_the_document_names_every_status_and_both_bodies() -> None:
     for part in text.split('"#/components/schemas/')[1:]:
         assert part.split('"')[0] in known
     assert known["RecommendationRequest"]["properties"]["k"]["maximum"] == 100
+    methods = {path: set(document["paths"][path]) for path in ("/v1/items/{item_id}", "/v1/users/{user_id}", "/v1/identities/{alias}")}
+    assert [*methods.values()] == [{"put", "get", "delete"}, {"put", "delete"}, {"delete"}]
+    assert {"ItemChanges", "UserChanges", "IdentityRequest", "Promotion"} <= known.keys()
     assert "HTTPValidationError" not in text
 
 
@@ -173,9 +257,9 @@ def legal(answer: httpx.Response) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=150)
-@given(st.binary(max_size=300), st.sampled_from(["/v1/recommendations", "/v1/events"]))
+@given(st.binary(max_size=300), st.sampled_from(["/v1/recommendations", "/v1/events", "/v1/identities", "/v1/items/i", "/v1/users/u"]))
 def test_any_bytes_get_a_4xx(raw: bytes, path: str) -> None:
-    legal(post(path, raw))
+    legal(put(path, raw) if path[-2] == "/" else post(path, raw))
 
 
 VALUES = st.recursive(
@@ -191,8 +275,20 @@ def test_any_fields_get_an_answer_or_a_4xx(body: dict[str, Any]) -> None:
     legal(post("/v1/recommendations", json.dumps({"user_id": "u", **body}).encode()))
 
 
+CHANGES = ["available", "stock", "price", "promotion", "title", "category", "brand", "created_at", "attributes", "x"]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=100)
+@given(st.dictionaries(st.sampled_from(CHANGES), VALUES))
+def test_any_changes_get_an_answer_or_a_4xx(body: dict[str, Any]) -> None:
+    legal(put("/v1/items/i", json.dumps(body).encode()))
+    legal(put("/v1/users/u", json.dumps({"attributes": body}).encode()))
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=100)
 @given(st.text(min_size=1, max_size=30), st.text(max_size=5))
 def test_any_item_id_and_k_get_an_answer_or_a_4xx(item: str, k: str) -> None:
     item, k = (quote(text.encode("utf-8", "replace"), safe="") for text in (item, k))
     legal(ask("GET", f"/v1/items/{item}/similar?k={k}"))
+    for method, path in (("GET", "items"), ("DELETE", "items"), ("DELETE", "users"), ("DELETE", "identities")):
+        legal(ask(method, f"/v1/{path}/{item}"))

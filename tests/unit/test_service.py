@@ -174,13 +174,13 @@ def test_filters_that_cannot_be_answered_are_refused(service: LocalService, filt
 
 def test_no_filter_on_any_item_column_is_an_error_of_the_server(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
     assert service._serving is not None
-    items = service._serving.bundle.parts.item_columns
+    items = service._serving.bundle.base.parts.item_columns
     made = {
         pa.string(): "a", pa.float32(): 2.0, pa.bool_(): True, TIMESTAMP: 1_700_000_000_000_000, pa.date32(): 19_000,
         pa.list_(pa.string()): ["a"], pa.decimal128(9, 2): Decimal("1.50"), pa.int64(): 1 << 60, pa.time64("us"): 1,
         pa.duration("s"): 1, pa.struct([("a", pa.int8())]): {"a": 1}, pa.binary(): b"\xff", pa.null(): None,
     }  # fmt: skip
-    rest = [None] * (items.table.num_rows - 1)
+    rest = [None] * (len(items) - 1)
     kinds = {field.name: field.type for field in ITEMS if field.name != "item_id"} | {f"extra {kind}": kind for kind in made}
     columns = {name: pa.array([made[kind], *rest], kind) for name, kind in kinds.items()}
     monkeypatch.setattr(items, "table", pa.table({"item_id": items.table["item_id"], **columns}))

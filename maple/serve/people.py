@@ -1,0 +1,131 @@
+"""What people may ask of the data about them: describe, forget, join and part ids, and see what is stored.
+
+The functions work on a home and an online store, whoever runs them (the API, the command line); ``People`` are the endpoints. Forgetting
+is in this order: gone and refused online, then a tombstone that keeps the user out of everything read from the home. Each part may be
+repeated, so what fails in between is finished by asking again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maple.artifacts import Place
+from maple.data.dataset import Vocab
+from maple.data.etl import bucket_of
+from maple.data.snapshot import Snapshot
+from maple.data.tombstones import Tombstones
+from maple.errors import ArtifactError
+from maple.features.catalogue import Catalogue
+from maple.features.folder import Folder
+from maple.features.spec import FeatureSpec
+from maple.features.store import OnlineStore
+from maple.serve.api import IdentityRequest, UserChanges, iso
+from maple.serve.door import Door
+from maple.serve.http import Call
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What forgetting a person removed from the online store: events, attributes, and the ids they went by."""
+
+    events: int
+    attributes: int
+    ids: tuple[str, ...]
+
+
+def folds_nothing() -> Folder:
+    """For who opens an online store without a bundle: states are then made by whoever serves, when they are next read."""
+    return Folder(FeatureSpec(views=()), Catalogue.from_table(Vocab.of([]), pa.table({"item_id": pa.array([], pa.string())})))
+
+
+def forget(store: OnlineStore, home: Place, user_id: str) -> Removed:
+    """Forget a person, all ids joined with this one: gone online, refused from now on, and out of every snapshot of the home."""
+    ids = tuple(store.aliases(user_id))
+    attributes = len(store.attributes(user_id))
+    events = store.delete(user_id, block=True)
+    for each in ids:
+        Tombstones.add(home, each)
+    return Removed(events, attributes, ids)
+
+
+def stored(store: OnlineStore, home: Place, user_id: str) -> dict[str, Any]:
+    """Everything that is kept about a person, JSON-ready: attributes, joined ids, online events, and the rows of the latest snapshot."""
+    ids = list(store.aliases(user_id))
+    online = [
+        {name: getattr(event, name) for name in ("event_id", "user_id", "item_id", "event", "value", "price", "session_id", "request_id")}
+        | {"timestamp": iso(event.timestamp), "context": dict(event.context)}
+        for event in store.history(user_id)
+    ]  # fmt: skip
+    return {
+        "user_id": user_id, "ids": ids, "attributes": dict(store.attributes(user_id)), "online_events": online,
+        "snapshot": _in_snapshot(home, ids),
+    }  # fmt: skip
+
+
+def _in_snapshot(home: Place, ids: Sequence[str]) -> dict[str, Any] | None:
+    """The rows of these ids in the latest snapshot; None where there is no snapshot."""
+    try:
+        snapshot = Snapshot.open(home)
+    except ArtifactError:
+        return None
+    buckets = sorted(set(bucket_of(pa.array(ids, pa.string()), snapshot.num_buckets).tolist()))
+    tables = {"events": snapshot.events(buckets), "user": snapshot.users(), "quarantined": snapshot.quarantine()}
+    return {name: _plain(_of(table, ids)) for name, table in tables.items()}
+
+
+def _of(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+    wanted = pa.array(ids, pa.string())
+    masks = [
+        pc.is_in(table[name].cast(pa.string()), value_set=wanted) for name in ("user_id", "source_user_id") if name in table.column_names
+    ]
+    if not masks:
+        return table.slice(0, 0)
+    return table.filter(masks[0] if len(masks) == 1 else pc.or_(*masks))
+
+
+def _plain(table: pa.Table) -> list[dict[str, Any]]:
+    return [{name: _value(value) for name, value in row.items() if value is not None} for row in table.to_pylist()]
+
+
+def _value(value: Any) -> Any:
+    return (
+        value if isinstance(value, str | int | float | bool | list | dict) else iso(value) if hasattr(value, "astimezone") else str(value)
+    )
+
+
+class People:
+    """The endpoints about users. ``store``: the online store once it is open; ``changed``: called when somebody is forgotten."""
+
+    def __init__(self, door: Door, store: Callable[[], OnlineStore], home: Place, changed: Callable[[], object]) -> None:
+        self.door, self.store, self.home, self.changed = door, store, home, changed
+
+    async def describe(self, user_id: str, changes: UserChanges, call: Call) -> dict[str, Any]:
+        """Keep what a user is described by. Of somebody who is forgotten nothing is kept, and the answer is the same."""
+        store = self.store()
+        await self.door.write("users", call, lambda: store.describe(user_id, changes.attributes), "attributes")
+        return {"request_id": call.request_id, "user_id": user_id}
+
+    async def forget(self, user_id: str, call: Call) -> dict[str, Any]:
+        """Forget a user."""
+        removed = await self.door.write("users", call, partial(forget, self.store(), self.home, user_id), "user_id")
+        self.changed()
+        told = {"events": removed.events, "attributes": removed.attributes, "ids": len(removed.ids)}
+        return {"request_id": call.request_id, "user_id": user_id, **told}
+
+    async def join(self, request: IdentityRequest, call: Call) -> dict[str, Any]:
+        """Make two ids one person, at once."""
+        store = self.store()
+        changed = await self.door.write("identities", call, lambda: store.merge([request.alias], request.user_id), "alias")
+        return {"request_id": call.request_id, "user_id": request.user_id, "changed": changed}
+
+    async def part(self, alias: str, call: Call) -> dict[str, Any]:
+        """Take a joining back; histories are as if it had never been."""
+        store = self.store()
+        changed = await self.door.write("identities", call, lambda: store.unmerge(alias), "alias")
+        return {"request_id": call.request_id, "user_id": alias, "changed": changed}
