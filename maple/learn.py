@@ -29,17 +29,20 @@ from maple.artifacts import (
 from maple.cluster_ray import connect
 from maple.config import maple_home
 from maple.data.dataset import Dataset
+from maple.data.folds import cut_of, folds_of
 from maple.data.kcore import KCore
 from maple.data.snapshot import Snapshot
-from maple.data.splits import Boundaries, split_of
+from maple.data.splits import Boundaries, TimeSplit
 from maple.errors import ArtifactError, ConfigError, unknown_name
 from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
-from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, relevant_of, user_segments
+from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, item_strata, relevant_of, user_segments
 from maple.evaluate.metrics import LIST_LEVEL
+from maple.evaluate.splitting import evaluate_split
 from maple.features.build import FeatureArtifact
 from maple.features.spec import FeatureSpec
 from maple.hashing import combine, rng
 from maple.models.base import FitContext
+from maple.models.catalog import model_class
 from maple.recommend.bundle import Bundle, load
 from maple.recommend.settings import PipelineSettings
 from maple.run import RunConfig, StepResult, Tables, merged
@@ -72,7 +75,7 @@ class Material:
         say(f"loading snapshot {snapshot.name}")
         data = config.k_core.of(snapshot.dataset())
         settings = merged(config.pipeline_for(snapshot.targets), chosen(tunings(home, snapshot)))
-        return Material(home, snapshot, data, split_of(data, config.split), built, settings, FitContext(config.seed, config.threads))
+        return Material(home, snapshot, data, cut_of(data, config.split), built, settings, FitContext(config.seed, config.threads))
 
     @property
     def spec(self) -> FeatureSpec:
@@ -88,7 +91,7 @@ def tune(config: RunConfig, say: Say) -> StepResult:
     home, asked = material.home, config.tune
     untuned = config.pipeline_for(material.snapshot.targets)  # not what an earlier search found: that would ask another question
     asks = {  # what a trial's value depends on: another answer to any of it is another search
-        "snapshot": material.snapshot.digest, "cut": [material.cut.t1, material.cut.t2], "pipeline": untuned.plain(),
+        "snapshot": material.snapshot.digest, "cut": material.cut.plain(), "pipeline": untuned.plain(),
         "rows": config.rows.plain(), "epochs": asked.epochs, "k_core": config.k_core.plain(),
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
@@ -147,7 +150,7 @@ def chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _rows(config: RunConfig, material: Material, settings: PipelineSettings, say: Say) -> Rows:
     """The ranker's rows, made once for the same data, cut, sources and row settings."""
     asked = {
-        "snapshot": material.snapshot.digest, "spec": material.spec.digest, "cut": [material.cut.t1, material.cut.t2],
+        "snapshot": material.snapshot.digest, "spec": material.spec.digest, "cut": material.cut.plain(),
         "pipeline": {**settings.plain(), "ranker": None, "rerank": None}, "rows": config.rows.plain(), "seed": config.seed,
         "k_core": config.k_core.plain(),
     }  # fmt: skip
@@ -178,7 +181,8 @@ def train(config: RunConfig, say: Say) -> StepResult:
     digest = fitted.bundle.save(material.home)
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest[:8]}"
     meta = {
-        "bundle": digest, "snapshot": material.snapshot.name, "snapshot_digest": material.snapshot.digest, "t1": cut.t1, "t2": cut.t2,
+        "bundle": digest, "snapshot": material.snapshot.name, "snapshot_digest": material.snapshot.digest,
+        **cut.plain(), "split": config.split.plain(),
         "seed": config.seed, "k_core": config.k_core.plain(), "metrics": {model: dict(values) for model, values in fitted.metrics.items()},
     }  # fmt: skip
     seal(material.home / "runs" / name, "run", meta, [])
@@ -205,7 +209,7 @@ class TrainedRun:
         name = latest(home, "run")
         meta = open_manifest(home / "runs" / name, "run").meta
         snapshot, core = Snapshot.open(home, meta["snapshot"]), KCore.parse(meta.get("k_core", {}), f"run {name}")
-        return TrainedRun(name, load(home, meta["bundle"]), snapshot, Boundaries(meta["t1"], meta["t2"]), core)
+        return TrainedRun(name, load(home, meta["bundle"]), snapshot, Boundaries.of(meta), core)
 
 
 def baseline_of(config: RunConfig, bundle: Bundle) -> str:
@@ -226,7 +230,7 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     data = run.core.of(run.snapshot.dataset())
     bundle, now, asked = run.bundle, run.cut.t2, config.evaluate
     baseline = baseline_of(config, bundle)
-    relevant = relevant_of(data, now, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)
+    relevant = relevant_of(data, run.cut.test_start, data.span[1] + 1, new_only=not bundle.settings.repeats, known_before=now)
     if len(relevant) > asked.max_users:
         drawn = np.sort(rng(config.seed, "evaluate/users").choice(len(relevant), asked.max_users, replace=False))
         relevant = relevant.take(drawn)
@@ -241,14 +245,17 @@ def evaluate_run(config: RunConfig, say: Say) -> tuple[dict[str, Evaluation], Tr
     for name, recommend in askers.items():
         say(f"evaluating {name} on {len(relevant):,} users")
         found[name] = evaluate(
-            recommend, relevant, catalogue=stats, ks=asked.ks, segments=segments, seed=config.seed, bootstrap=asked.bootstrap,
-            notes={"bundle": bundle.digest or "", "snapshot": run.snapshot.digest},
+            recommend, relevant, catalogue=stats, ks=asked.ks, segments=segments, strata=item_strata(data, now), seed=config.seed,
+            bootstrap=asked.bootstrap, notes={"bundle": bundle.digest or "", "snapshot": run.snapshot.digest},
+            split={"kind": "time", **run.cut.plain()},
         )  # fmt: skip
     return found, run, relevant
 
 
 def evaluate_step(config: RunConfig, say: Say) -> StepResult:
     """Measure the trained pipeline and its sources on the test part; the result is kept beside the run."""
+    if not isinstance(config.split, TimeSplit):
+        return evaluate_sources(config, say)
     found, run, relevant = evaluate_run(config, say)
     home = Place.at(maple_home())
     folder = home / "evaluations" / run.name
@@ -272,6 +279,36 @@ def evaluate_step(config: RunConfig, say: Say) -> StepResult:
     )
     facts = {name: dict(result.means) for name, result in found.items()}
     return StepResult(summary, tables=tables, facts=facts)
+
+
+def evaluate_sources(config: RunConfig, say: Say) -> StepResult:
+    """Every source of the pipeline, fitted anew and measured on each fold of a split that no pipeline can be trained under."""
+    home = Place.at(maple_home())
+    snapshot = Snapshot.open(home)
+    check_writable(home)
+    data, asked = config.k_core.of(snapshot.dataset()), config.evaluate
+    settings = merged(config.pipeline_for(snapshot.targets), chosen(tunings(home, snapshot)))
+    folder = home / "evaluations" / f"{snapshot.name}-{combine([json.dumps(config.split.plain(), sort_keys=True)])[:8]}"
+    files, means = [], {}
+    for source in settings.sources:
+        say(f"evaluating {source.name}: {config.split.kind}")
+        kind = model_class(source.model)
+        parsed = kind.Config.parse(source.config, f"source {source.name!r}")
+        results = evaluate_split(
+            lambda kind=kind, parsed=parsed: kind(parsed), data, config.split, ks=asked.ks, new_only=not settings.repeats,  # type: ignore[misc]
+            history_limit=settings.history_limit, ctx=FitContext(config.seed, config.threads), bootstrap=asked.bootstrap,
+            max_users=asked.max_users,
+        )  # fmt: skip
+        means[source.name] = {name: float(np.mean([result.means[name] for result in results])) for name in results[0].means}
+        for place, result in enumerate(results):
+            files.append(write_file(folder, f"{source.name}-{place}.json", result.to_json().encode()))
+            files.append(write_file(folder, f"{source.name}-{place}.safetensors", tensor_bytes(result.tensors())))
+    seal(folder, "evaluation", {"snapshot": snapshot.digest, "split": config.split.plain(), "models": list(means)}, files)
+    metrics = default_metrics(results[0])
+    body = [[name, *(format_value(metric, values[metric]) for metric in metrics)] for name, values in means.items()]
+    table = (f"Sources alone, {config.split.kind}, mean of {len(results)} fold(s)", ["model", *metrics], body)
+    warning = [text for fold in folds_of(data, config.split)[:1] for text in fold.warnings]
+    return StepResult(f"{len(means)} sources on {len(results)} fold(s)", tuple(warning), tables=(table,), facts=means)
 
 
 def evaluation_tables(found: Mapping[str, Evaluation], baseline: str) -> Tables:

@@ -41,7 +41,7 @@ def publish(config: RunConfig, say: Say) -> StepResult:
     run = TrainedRun.open(material.home)
     metrics = _evaluated(material.home, run.name)
     end = material.data.span[1] + 1
-    cut = Boundaries(run.cut.t2, end)
+    cut = Boundaries(run.cut.t2, end, run.cut.gap)
     fitted = fit_pipeline(
         material.data, _published_settings(config, run.bundle.settings), cut, fingerprint=material.snapshot.digest, spec=material.spec,
         timeline=material.built.timeline(), row_settings=config.rows, early=run.bundle.parts.sources, metrics=metrics,

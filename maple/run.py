@@ -10,10 +10,12 @@ import yaml
 from pydantic import Field
 
 from maple.config import Section, read_yaml, yaml_value
+from maple.data.folds import SplitSettings
 from maple.data.ingest import ROWS_PER_BUCKET
 from maple.data.kcore import KCore
 from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
+from maple.models.content.items import ContentSettings
 from maple.recommend.settings import PipelineSettings, default_settings
 from maple.serve.settings import StoreSettings
 from maple.train.objectives import gives
@@ -87,7 +89,8 @@ class RunConfig(Section):
     threads: Annotated[int, Field(ge=1)] = 1  # of one model fit
     ingest: IngestSettings = IngestSettings()
     k_core: KCore = KCore()  # of what is learned from and measured; features know all events
-    split: TimeSplit = TimeSplit()
+    split: SplitSettings = TimeSplit()  # training wants one by time; `maple evaluate` measures the sources under any other
+    content: dict[str, ContentSettings] = Field(default_factory=dict)  # item vectors from texts, images or files, by name
     pipeline: PipelineSettings | None = None  # default: all six sources and DCN-v2; repeats where purchases are the targets
     rows: RowSettings = RowSettings()
     tune: TuneSettings = TuneSettings()

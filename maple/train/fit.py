@@ -74,7 +74,7 @@ def ranker_rows(
     early = Parts(settings, Space.of(data), sources, _popular(data.before(cut.t1), settings))
     pipeline = offline_pipeline(early, data.before(cut.t2), spec, timeline)
     random = rng(seed, "ranker rows")
-    relevant = targets_after(data, cut.t1, cut.t2, new_only=not settings.repeats, settings=rows, rng=random)
+    relevant = targets_after(data, cut.t1, cut.t2, new_only=not settings.repeats, settings=rows, rng=random, gap=cut.gap)
     parts: list[Rows] = []
     for users, offsets, items in batches_of(relevant, BATCH):
         queries = queries_at(data, users, cut.t1, history_limit=settings.history_limit)

@@ -101,7 +101,7 @@ def problem_of(name: str, data: Dataset, cut: Boundaries, settings: PipelineSett
     model = model_class(source.model)
     if not hasattr(model.Config, "search_space"):
         raise ConfigError(f"tune.models: {name!r} has nothing to tune; leave it out")
-    relevant = relevant_of(data, cut.t1, cut.t2, new_only=not settings.repeats, known_before=cut.t1)
+    relevant = relevant_of(data, cut.valid_start, cut.t2, new_only=not settings.repeats, known_before=cut.t1)
     if len(relevant) > MAX_USERS:
         relevant = relevant.take(np.sort(rng(ctx.seed, "tune/users").choice(len(relevant), MAX_USERS, replace=False)))
     train = data.before(cut.t1)

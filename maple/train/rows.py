@@ -59,11 +59,13 @@ def queries_at(data: Dataset, users: Int32, now: int, *, history_limit: int, k: 
     ]  # fmt: skip
 
 
-def targets_after(data: Dataset, cut: int, end: int, *, new_only: bool, settings: RowSettings, rng: np.random.Generator) -> Relevant:
-    """What users want in [cut, end) (or its first ``horizon_days``), of at most ``max_queries`` users drawn at random."""
+def targets_after(
+    data: Dataset, cut: int, end: int, *, new_only: bool, settings: RowSettings, rng: np.random.Generator, gap: int = 0
+) -> Relevant:
+    """What users want in [cut + gap, end) (or its first ``horizon_days``), of at most ``max_queries`` users drawn at random."""
     if settings.horizon_days is not None:
-        end = min(end, cut + int(settings.horizon_days * MICROSECONDS_PER_DAY))
-    relevant = relevant_of(data, cut, end, new_only=new_only, known_before=cut)
+        end = min(end, cut + gap + int(settings.horizon_days * MICROSECONDS_PER_DAY))
+    relevant = relevant_of(data, cut + gap, end, new_only=new_only, known_before=cut)
     if len(relevant.users) > settings.max_queries:
         relevant = relevant.take(np.sort(rng.choice(len(relevant.users), settings.max_queries, replace=False)))
     return relevant
