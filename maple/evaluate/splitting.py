@@ -37,7 +37,8 @@ def evaluate_split(
     """A model from ``make`` fitted and measured on every fold; each result keeps the fold's settings and boundaries.
 
     ``new_only``: what a user already has is neither listed nor asked for. Segments: users by activity and history, items cold
-    and warm, by what the model learned from. ``max_users``: of a fold, drawn if there are more. A ``SplitWarning`` says where a split sees the future.
+    and warm, by what the model learned from. ``max_users``: of a fold, drawn if there
+    are more. A ``SplitWarning`` says where a split sees the future.
     """
     ctx = ctx or FitContext()
     folds = folds_of(data, split)
