@@ -34,8 +34,8 @@ class Columns:
 
     A number becomes ``clip((f(x) - center) / scale, -5, 5)``, f = signed log for heavy tails, with center and scale from the
     middle 99 % of the training values; a value that is missing (NaN or infinite) becomes 0, and a 0/1 indicator column may say so,
-    as the column's policy wants it. A code becomes a row of one embedding table shared by all code columns: each column has a row of its own
-    for every frequent code, and one for unknown, unseen and rare codes together.
+    as the column's policy wants it. A code becomes a row of one embedding table shared by all code columns: each column has a row of
+    its own for every frequent code, and one for unknown, unseen and rare codes together.
     """
 
     numbers: tuple[str, ...]
