@@ -187,15 +187,18 @@ class Dataset:
         signals: dict[str, float] | None = None,
         targets: Sequence[str] = ("purchase",),
     ) -> Dataset:
-        """The dataset of EVENTS / ITEMS / USERS tables. Items and users are the union of the catalogue and the log."""
+        """The dataset of EVENTS / ITEMS / USERS tables. Items and users are the union of the catalogue and the log.
+
+        Events without an ``event_id`` keep their order where a user has several at one time.
+        """
         if events.num_rows == 0:
             raise DataError("there are no events to train on; look at the validation report of the ingest for what was dropped and why")
         item_vocab = Vocab.of(_all_ids(events["item_id"], items, "item_id"))
         user_vocab = Vocab.of(_all_ids(events["user_id"], users, "user_id"))
         user = user_vocab.encode(events["user_id"])
         time = np.asarray(events["timestamp"].cast(pa.int64()))
-        id_rank = np.asarray(pc.rank(events["event_id"].combine_chunks()).cast(pa.int64()))
-        order = np.lexsort((id_rank, time, user))
+        ranks = [np.asarray(pc.rank(events["event_id"].combine_chunks()))] if "event_id" in events.column_names else []
+        order = np.lexsort((*ranks, time, user))
         contexts = _contexts(events)
         log = Log(
             user[order],

@@ -24,7 +24,6 @@ from maple.artifacts import (
     arrow_bytes,
     latest,
     open_manifest,
-    parquet_bytes,
     point,
     read_file,
     scratch,
@@ -48,6 +47,9 @@ from maple.schema import EVENT_TYPES, TIMESTAMP
 KIND = "features"
 ITEMS_FILE, PAGE_FILE = "items.arrow", "features.md"
 PARTIALS = "partials"  # the folder of the pieces between the two phases; gone when the features are finished
+#: What the features take of an event. Rows of a bucket are in the order of (timestamp, event_id), so the id itself is not needed.
+EVENT_COLUMNS = ("user_id", "item_id", "event", "timestamp", "value", "price")
+KEYS = ["user_id", "timestamp", "item_id", "event"]  # of a feature row
 Progress = Callable[[str], None]
 
 
@@ -116,14 +118,21 @@ def target_rows(data: Dataset, spec: FeatureSpec, catalogue: Catalogue) -> pa.Ta
 
 def build_bucket(plan: Plan, bucket: int) -> Made:
     """First phase: a bucket's feature rows (no file for an empty bucket), and its partials for ``build_shard``."""
-    events = plan.snapshot.events([bucket])
+    events = plan.snapshot.events([bucket], EVENT_COLUMNS)
     if events.num_rows == 0:
         _write_partials(plan, bucket, PARTIALS_SCHEMA.empty_table())
         return Made()
     data = Dataset.from_tables(events, plan.items, targets=plan.snapshot.targets)
     _write_partials(plan, bucket, partials(data, plan.spec))
     rows = target_rows(data, plan.spec, Catalogue.of(data))
-    return Made((write_file(plan.folder, rows_file(bucket), parquet_bytes(rows), rows.num_rows),))
+    return Made((write_file(plan.folder, rows_file(bucket), _rows_bytes(rows), rows.num_rows),))
+
+
+def _rows_bytes(rows: pa.Table) -> bytes:
+    """Feature rows as Parquet: features are numbers that rarely repeat, so a dictionary of them would cost time and space."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd", compression_level=1, use_dictionary=KEYS, write_statistics=KEYS)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def _write_partials(plan: Plan, bucket: int, table: pa.Table) -> None:
