@@ -16,6 +16,8 @@ from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
 from maple.features.spec import FeatureSpec
+from maple.models.base import FitContext
+from maple.models.content.items import content_vectors
 from maple.run import SIMULATED, RunConfig, StepResult
 from maple.train.fit import Say
 
@@ -51,7 +53,9 @@ def features(config: RunConfig, say: Say) -> StepResult:
     connect(say)
     from maple.features.build_ray import build
 
-    built = build(snapshot, _spec(config, snapshot), home, say)
+    content = content_vectors(snapshot.items(), config.content, FitContext(config.seed, config.threads), say)
+    refs = {name: {"dim": vectors.dim, "digest": vectors.digest} for name, vectors in content.items()}
+    built = build(snapshot, _spec(config, snapshot).with_(content=refs), home, say, content)
     spec = built.spec
     summary = f"{built.num_rows:,} point-in-time rows, {len(spec.views)} views, {len(spec.columns)} columns"
     return StepResult(summary, facts={"features": built.name, "digest": built.digest})
