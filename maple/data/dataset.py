@@ -156,7 +156,8 @@ class Log:
     def __len__(self) -> int:
         return len(self.user)
 
-    def where(self, keep: Bool) -> Log:
+    def where(self, keep: Bool | Int64) -> Log:
+        """Some rows: a mask, or their numbers."""
         context = {name: codes[keep] for name, codes in self.context.items()}
         return Log(self.user[keep], self.item[keep], self.event[keep], self.time[keep], self.value[keep], self.price[keep], context)
 
