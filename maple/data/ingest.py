@@ -1,85 +1,62 @@
-"""The steps of an ingestion as plain functions: plan, judge a fragment, finish a bucket, publish; and all of them in one process.
+"""An ingestion: plan, read and judge fragments, finish buckets, publish; new, or appended to what there is. Here: all of it in one process.
 
-``ingest_ray`` maps the same functions over a cluster. Nothing is published before everything passed: the manifest is last.
+``ingest_ray`` runs the same tasks over a cluster. Nothing is published before everything passed: the manifest is last.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maple.artifacts import FileEntry, Place, point, seal, write_file
+from maple.artifacts import FileEntry, Place, latest, manifest_of, point, seal, write_file
 from maple.data import etl
-from maple.data.behaviour import judge_users, names_of
-from maple.data.checks import DUPLICATE, run_checks, stop_on_errors
-from maple.data.fragments import Fragment
-from maple.data.report import FILE, ROW, UNREADABLE, TableReport, ValidationReport, table_report
-from maple.data.snapshot import ITEMS_FILE, KIND, REPORT_FILE, USERS_FILE, Snapshot, events_file, quarantine_file, write_table
+from maple.data.behaviour import names_of
+from maple.data.checks import run_checks, stop_on_errors
+from maple.data.drafts import draft, new_folder, pointing, sweep, tidy
+from maple.data.files import files
+from maple.data.finish import BucketResult, finish_bucket, tidy_quarantine
+from maple.data.history import changed, moves
+from maple.data.identity import Stitching, read_identities
+from maple.data.layers import (
+    CATALOGUE_FILE,
+    FACTS_FILE,
+    IDENTITIES_FILE,
+    ITEMS_FILE,
+    KIND,
+    PAGE_FILE,
+    REPORT_FILE,
+    USERS_FILE,
+    joined,
+    upsert,
+    write_table,
+)  # fmt: skip
+from maple.data.page import page
+from maple.data.plan import Plan, read, rows_of
+from maple.data.report import TableReport, ValidationReport, table_report
+from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig, TableSource
 from maple.data.tables import RuleBook, Tables
-from maple.data.validate import complete, quarantined_rows, rule_counts, validate_events
-from maple.errors import ConfigError
+from maple.data.tombstones import Tombstones
+from maple.data.validate import complete, validate_events
+from maple.errors import ArtifactError, ConfigError, DataError
+from maple.hashing import combine, sha256
 from maple.schema import EVENTS, ITEMS, USERS, conform
 
-REASON, FIRED, BUCKET = "_reason", "_fired", "_bucket"
 ROWS_PER_BUCKET = 250_000
+SAMPLE = 65_536  # bytes at both ends of a file, and in between, that its fingerprint is made of
+EXAMPLES = 3  # rows in quarantine that a report shows, per reason
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Everything that the tasks of one ingestion share."""
-
-    source: SourceConfig
-    tables: Tables  # of events
-    rules: RuleBook
-    catalogue: pa.Table | None  # item_id and price, where a rule asks for them
-    num_buckets: int
-    now: int  # microseconds
-    folder: Place  # the snapshot in the making
-
-    @property
-    def fragments(self) -> tuple[Fragment, ...]:
-        """What the tasks read, one each."""
-        return self.tables.fragments
-
-
-@dataclass(frozen=True, eq=False)
-class BucketResult:
-    """What one finished bucket hands to the publisher: the files it wrote, its part of the report, its facts about items."""
-
-    bucket: int
-    files: tuple[FileEntry, ...]
-    report: TableReport
-    facts: pa.Table
-
-    def row(self) -> pa.Table:
-        """One row of plain values, to travel between processes."""
-        sink = io.BytesIO()
-        with pa.ipc.new_stream(sink, self.facts.schema) as writer:
-            writer.write_table(self.facts)
-        files = [vars(entry) for entry in self.files]
-        return pa.table(
-            {"bucket": [self.bucket], "files": [json.dumps(files)], "report": [json.dumps(self.report.plain())], "facts": [sink.getvalue()]}
-        )
-
-    @staticmethod
-    def of(row: dict[str, object]) -> BucketResult:
-        """The result again, from a row."""
-        files = tuple(FileEntry(**entry) for entry in json.loads(str(row["files"])))
-        facts = pa.ipc.open_stream(row["facts"]).read_all()
-        return BucketResult(int(str(row["bucket"])), files, TableReport.from_plain(json.loads(str(row["report"]))), facts)
+Task: TypeAlias = Callable[[Plan, int], str]
+#: Runs a task for the numbers 0 ... count - 1 in any order; the answers (JSON), in any order.
+Runner: TypeAlias = Callable[[Plan, Task, int], Iterable[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +66,27 @@ class SideTable:
     clean: pa.Table
     quarantined: pa.Table
     report: TableReport
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The validated tables beside the events, None where the source has none. ``identities``: clean edges."""
+
+    items: SideTable | None
+    users: SideTable | None
+    identities: pa.Table | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Assessed:
+    """What a whole ingestion comes to, before anything of the whole is written: the report with its findings, what it was compared with."""
+
+    report: ValidationReport
+    before: ValidationReport | None
+    examples: pa.Table  # rows in quarantine, a few per reason
+    entries: list[FileEntry]
+    voided: int
+    facts: pa.Table | None
 
 
 def side_table(table: TableSource, schema: pa.Schema, root: Place, key: str) -> SideTable:
@@ -103,158 +101,329 @@ def side_table(table: TableSource, schema: pa.Schema, root: Place, key: str) -> 
     )
 
 
-def plan(
-    source: SourceConfig, root: Place, home: Place, *, rows_per_bucket: int, catalogue: pa.Table | None, now: int | None = None
-) -> Plan:
-    """Check the event files and decide fragments, rules and buckets; raises before anything is written."""
-    tables = Tables.open(source.events, EVENTS, root)
-    rules = RuleBook.of(tables, ids=("user_id", "item_id"), events=True)
-    asking = [name for name, rule in rules.by_name.items() if rule.kind == "in_catalogue" or getattr(rule, "against", "") == "catalogue"]
-    if asking and catalogue is None:
-        raise ConfigError(f"the rule `{asking[0]}` needs an item table; declare `items:` in the source or remove the rule")
-    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    buckets = etl.num_buckets_for(tables.num_rows, rows_per_bucket)
-    moment = int(time.time() * 1e6) if now is None else now
-    return Plan(source, tables, rules, catalogue if asking else None, buckets, moment, home / "snapshots" / name)
-
-
-def judged_schema(plan: Plan) -> pa.Schema:
-    """The schema of what ``judged_rows`` yields."""
-    extra = ((REASON, pa.int16()), (FIRED, pa.int64()), (BUCKET, pa.int32()))
-    return pa.schema([*plan.tables.schema, *(pa.field(name, kind) for name, kind in extra)])
-
-
-def judged_rows(plan: Plan, fragment: Fragment) -> Iterator[pa.Table]:
-    """A fragment's rows with what the rules said of each (``_reason``, ``_fired``) and the bucket it belongs to."""
-    for rows in plan.tables.read(fragment):
-        found = plan.rules.judge(fragment.table, rows, catalogue=plan.catalogue, now=plan.now)
-        bucket = np.asarray(found.table[ROW]) % plan.num_buckets  # rows without a user: anywhere, but the same place always
-        has_user = pc.is_valid(found.table["user_id"]).combine_chunks()
-        bucket[np.asarray(has_user.to_numpy(zero_copy_only=False))] = etl.bucket_of(
-            found.table["user_id"].filter(has_user), plan.num_buckets
-        )
-        table = found.table.append_column(REASON, pa.array(found.reason))
-        yield table.append_column(FIRED, pa.array(found.fired)).append_column(BUCKET, pa.array(bucket.astype(np.int32)))
-
-
-def finish_bucket(plan: Plan, bucket: int, rows: pa.Table) -> BucketResult:
-    """All rows of one bucket made final and written: ids, duplicates, times, sessions, order. The order of ``rows`` does not matter."""
-    source = plan.source
-    names = plan.rules.names
-    reason, fired = np.array(rows[REASON]), np.asarray(rows[FIRED])
-    counts = rule_counts(fired, names)
-    good = pa.array(reason < 0)
-    clean = etl.with_event_ids(rows.filter(good).combine_chunks())
-    quarantined = [quarantined_rows(rows, reason, names)]
-    if source.duplicates == "keep":
-        clean = etl.numbered(clean)
-    else:
-        first = etl.first_of_each(clean)
-        again = clean.filter(pa.array(~first))
-        quarantined.append(again.append_column("reason", pa.repeat(DUPLICATE, again.num_rows)))
-        counts[DUPLICATE] = again.num_rows
-        clean = clean.filter(pa.array(first))
-    if source.order_clock is not None:
-        clean = etl.spread_orders(clean, source.order_clock)
-    if source.session_gap_minutes is not None:
-        clean = etl.sessionise(clean, source.session_gap_minutes)
-    behaved = judge_users(clean, source.behaviour)
-    clean, counts = behaved.clean, counts | behaved.counts
-    quarantined.append(behaved.quarantined)
-    clean = etl.in_order(clean)
-    aside = pa.concat_tables(quarantined).sort_by([(FILE, "ascending"), (ROW, "ascending")])
-    report = table_report(clean, aside, counts)
-    assert report.rows_in == rows.num_rows, "rows in = clean + quarantined"
-    files = [write_table(plan.folder, events_file(bucket), etl.stored_events(clean, source.transient))] if clean.num_rows else []
-    if aside.num_rows:
-        files.append(write_table(plan.folder, quarantine_file(bucket), tidy_quarantine(aside)))
-    return BucketResult(bucket, tuple(files), report, etl.item_facts(clean, source.items_from_events, source.targets))
-
-
-def tidy_quarantine(table: pa.Table) -> pa.Table:
-    """Quarantined rows as they are stored: the columns as they came, then reason, file, row and the unreadable text."""
-    kept = [name for name in table.column_names if not name.startswith("_") and name != "reason"]
-    extra = {"reason": table["reason"], "file": table[FILE], "row": table[ROW], "unreadable": table[UNREADABLE]}
-    return pa.table({**{name: table[name] for name in kept}, **{name: column for name, column in extra.items() if name not in kept}})
-
-
-def publish(plan: Plan, home: Place, results: Iterable[BucketResult], items: SideTable | None, users: SideTable | None) -> Snapshot:
-    """Judge the whole, write the tables and the report, seal, and make it the latest.
-
-    On an error nothing is published and the files are removed.
-    """
-    source = plan.source
-    done = sorted(results, key=lambda result: result.bucket)
-    events = TableReport.merge(result.report for result in done)
-    facts = etl.merge_facts([result.facts for result in done]) if done else None
-    sold = 0 if facts is None else pc.count_distinct(facts["item_id"]).as_py()
-    report = ValidationReport(source.name, events, sold, None if items is None else items.report, None if users is None else users.report)
-    rules = {**plan.rules.by_name, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
-    findings = run_checks(source.checks, report, rules=rules, max_quarantined_share=source.max_quarantined_share, now=plan.now)
-    stop_on_errors(findings, f"source {source.name!r}", _example(plan, done))  # nothing is published, so the message shows what was wrong
-    report = replace(report, findings=findings)
-    assert facts is not None, "there are clean rows"
-    table = etl.item_table(facts, source.items_from_events, None if items is None else items.clean)
-    files = [entry for result in done for entry in result.files]
-    files.append(write_table(plan.folder, ITEMS_FILE, table))
-    if users is not None:
-        files.append(write_table(plan.folder, USERS_FILE, users.clean))
-    for name, side in (("items", items), ("users", users)):
-        if side is not None and side.quarantined.num_rows:
-            files.append(write_table(plan.folder, f"quarantine/{name}.parquet", side.quarantined))
-    files.append(write_file(plan.folder, REPORT_FILE, json.dumps(report.plain(), indent=1).encode()))
-    meta = {"source": source.plain(), "num_buckets": plan.num_buckets, "targets": list(source.targets), "signals": dict(source.signals)}
-    manifest = seal(plan.folder, KIND, meta, files)
-    point(home, "snapshot", plan.folder.name)
-    return Snapshot(plan.folder, manifest)
-
-
-def _example(plan: Plan, results: Sequence[BucketResult]) -> str:
-    """The first row in quarantine for the most frequent reason, in words; empty where there is none."""
-    reasons = TableReport.merge(result.report for result in results).reasons
-    main = max(reasons, key=lambda name: reasons[name], default=None)
-    found: list[dict[str, object]] = []
-    for name in [entry.name for result in results for entry in result.files if entry.name.startswith("quarantine/")]:
-        table = pq.read_table(pa.BufferReader((plan.folder / name).read()))
-        found += table.filter(pc.equal(table["reason"], main)).slice(0, 1).to_pylist()
-    if not found:
-        return ""
-    row = min(found, key=lambda row: (str(row["file"]), int(str(row["row"]))))
-    told = {name: value for name, value in row.items() if value is not None and name not in ("reason", "file", "row", "unreadable")}
-    cells = row["unreadable"] or ", ".join(f"{name}={value}" for name, value in told.items())
-    return f" For example, {main} in row {int(str(row['row'])) + 1} of {row['file']}: {str(cells)[:300]}"
-
-
-def side_tables(source: SourceConfig, root: Place) -> tuple[SideTable | None, SideTable | None]:
-    """The validated item and user tables, None where the source has none."""
+def side_tables(source: SourceConfig, root: Place, tombstones: Tombstones) -> Sides:
+    """The side tables of a source; the user table without the users who are to be forgotten."""
     items = None if source.items is None else side_table(source.items, ITEMS, root, "item_id")
     users = None if source.users is None else side_table(source.users, USERS, root, "user_id")
-    return items, users
+    if users is not None:
+        users = replace(users, clean=tombstones.keep(users.clean), quarantined=tombstones.keep(users.quarantined))
+    return Sides(items, users, None if source.identities is None else read_identities(source.identities, root).clean)
 
 
 def ingest_local(
     source: SourceConfig, root: Place, home: Place, *, rows_per_bucket: int = ROWS_PER_BUCKET, now: int | None = None
 ) -> Snapshot:
-    """The whole ingestion in this process, for tables that fit in memory; the same snapshot, digest for digest, as on a cluster."""
-    items, users = side_tables(source, root)
-    todo = plan(source, root, home, rows_per_bucket=rows_per_bucket, catalogue=None if items is None else prices(items.clean), now=now)
+    """The whole ingestion in this process; the same snapshot, digest for digest, as on a cluster."""
+    return ingested(source, root, home, in_process, rows_per_bucket=rows_per_bucket, now=now)
+
+
+def append_local(source: SourceConfig, root: Place, home: Place, *, parent: Snapshot | None = None, now: int | None = None) -> Snapshot:
+    """``ingest_ray.append`` in this process."""
+    return appended(source, root, home, in_process, parent=parent, now=now)
+
+
+def dry_run(source: SourceConfig, root: Place, home: Place, *, now: int | None = None) -> Assessed:
+    """What an ingestion would report, in this process; nothing is published and nothing stays."""
+    sides = side_tables(source, root, Tombstones.of(home))
+    todo = plan(source, root, home, sides, rows_per_bucket=ROWS_PER_BUCKET, now=now)
+    with draft(todo.folder):
+        found = _assessed(todo, home, in_process, sides)
+    todo.folder.delete()
+    return found
+
+
+def in_process(todo: Plan, task: Task, count: int) -> Iterator[str]:
+    """Runs the tasks one after the other."""
+    return (task(todo, number) for number in range(count))
+
+
+def ingested(
+    source: SourceConfig, root: Place, home: Place, run: Runner, *, rows_per_bucket: int, now: int | None = None,
+    say: Progress | None = None,
+) -> Snapshot:  # fmt: skip
+    """An ingestion of everything, its tasks run by ``run``."""
+    sides = side_tables(source, root, Tombstones.of(home))
+    todo = plan(source, root, home, sides, rows_per_bucket=rows_per_bucket, now=now)
+    return made(todo, home, run, sides, say)
+
+
+def appended(
+    source: SourceConfig, root: Place, home: Place, run: Runner, *, parent: Snapshot | None = None, now: int | None = None,
+    say: Progress | None = None,
+) -> Snapshot:  # fmt: skip
+    """An ingestion of what the parent (default: the latest) has not read, its tasks run by ``run``; the parent where that is nothing.
+
+    A batch that fits into a bucket is always done in this process.
+    """
+    parent = Snapshot.open(home) if parent is None else parent
+    _check_same(parent, source)
+    sides = side_tables(source, root, Tombstones.of(home))
+    todo = plan(source, root, home, sides, rows_per_bucket=int(parent.manifest.meta["rows_per_bucket"]), now=now, parent=parent)
+    if not todo.fragments and todo.moves is None and not any(table.num_rows for _, table in _side_news(parent, sides)):
+        if say is not None:
+            say(f"nothing new: {parent.name} has read every file")
+        return parent
+    small = todo.tables is None or todo.tables.num_rows <= todo.rows_per_bucket
+    return made(todo, home, in_process if small else run, sides, say)
+
+
+def plan(
+    source: SourceConfig, root: Place, home: Place, sides: Sides, *, rows_per_bucket: int, now: int | None = None,
+    parent: Snapshot | None = None,
+) -> Plan:  # fmt: skip
+    """Check the event files (over a parent: new ones) and decide fragments, rules and buckets; raises before anything is written."""
+    already = {} if parent is None else known_files(parent)
+    wanted: list[TableSource] = []
+    new: dict[str, str] = {}
+    for table in source.events:
+        listed = {label: fingerprint(place) for label, place in files(table, root)}
+        unread = {label: mark for label, mark in listed.items() if already.get(label) != mark}
+        new |= unread
+        if parent is None or len(unread) == len(listed):
+            wanted.append(table)
+        elif unread:
+            wanted.append(table.with_(path=[_literal(label) for label in unread]))
+    tables = Tables.open(wanted, EVENTS, root) if wanted else None
+    profile = None if parent is None else parent.whole_report().events.profile
+    rules = RuleBook((), ()) if tables is None else RuleBook.of(tables, ids=("user_id", "item_id"), events=True, parent=profile)
+    asking = [name for name, rule in rules.by_name.items() if rule.kind == "in_catalogue" or getattr(rule, "against", "") == "catalogue"]
+    catalogue = _catalogue(parent, sides)
+    if asking and catalogue is None:
+        raise ConfigError(f"the rule `{asking[0]}` needs an item table; declare `items:` in the source or remove the rule")
+    if parent is not None and tables is not None:
+        _check_types(parent, tables)
+    buckets = etl.num_buckets_for(0 if tables is None else tables.num_rows, rows_per_bucket) if parent is None else parent.num_buckets
+    edges = sides.identities if source.identities is not None or parent is None else parent.identities()
+    stitching = None if edges is None else Stitching.of(edges)
+    return Plan(
+        source, tables, rules, catalogue.select(["item_id", "price"]) if asking and catalogue is not None else None, buckets,
+        rows_per_bucket, int(time.time() * 1e6) if now is None else now, new_folder(home), new, parent, stitching,
+        None if parent is None or stitching is None else moves(parent, stitching, source), Tombstones.of(home),
+    )  # fmt: skip
+
+
+def made(todo: Plan, home: Place, run: Runner, sides: Sides, say: Progress | None = None) -> Snapshot:
+    """A snapshot by its plan; on any error nothing is published and the half-made folder is removed."""
+    sweep(home)
+    if say is not None:
+        say(f"reading {len(todo.fragments)} fragment(s) of {todo.source.name!r} into {todo.num_buckets} bucket(s)")
+    with draft(todo.folder):
+        found = _assessed(todo, home, run, sides)
+        snapshot = publish(todo, home, found, sides)
+    if say is not None:
+        for line in found.report.lines():
+            say(line)
+    return snapshot
+
+
+def publish(todo: Plan, home: Place, found: Assessed, sides: Sides) -> Snapshot:
+    """Write the tables and the report, seal, and make it the latest; ``DataError`` before that where a finding is an error."""
+    source, parent = todo.source, todo.parent
+    stop_on_errors(found.report.findings, f"source {source.name!r}", _example(found))
+    entries = [*found.entries, *_tables(todo, found.facts, sides)]
+    meta: dict[str, Any] = {
+        "source": source.plain(), "num_buckets": todo.num_buckets, "rows_per_bucket": todo.rows_per_bucket,
+        "targets": list(source.targets), "signals": dict(source.signals), "files": dict(todo.files),
+    }  # fmt: skip
+    if todo.tombstones:
+        meta["tombstones"] = todo.tombstones.digest
+    if parent is not None:
+        meta |= {"parent": {"digest": parent.digest}, "voided": found.voided}
+    # The report tells what the data was compared with; it is no part of the content.
+    meta["content"] = manifest_of(KIND, meta, {entry.name: entry for entry in entries}).digest
+    if parent is not None:
+        meta["parent"] = {"name": parent.name, "digest": parent.manifest.digest}
+    entries.append(write_file(todo.folder, REPORT_FILE, json.dumps(found.report.plain()).encode()))
+    entries.append(write_file(todo.folder, PAGE_FILE, page(found.report, found.before, found.examples)))
+    tidy(todo.folder, [entry.name for entry in entries])
+    with pointing(home):
+        if parent is not None:
+            _check_latest(home, parent)
+        manifest = seal(todo.folder, KIND, meta, entries)
+        point(home, "snapshot", todo.folder.name)
+    return Snapshot(todo.folder, manifest, () if parent is None else parent.stack.layers, todo.tombstones)
+
+
+def fingerprint(place: Place) -> str:
+    """Tells whether a file is the one that was read: its size, its two ends and eight places in between.
+
+    An edit that leaves the size and all of those is not seen: give a corrected export another name.
+    """
+    size = int(place.fs.get_file_info(place.path).size)
+    with place.fs.open_input_file(place.path) as file:
+        starts = sorted({0, *(size * part // 9 for part in range(1, 9)), max(size - SAMPLE, 0)})
+        parts = [bytes(file.read_at(SAMPLE if start in (0, starts[-1]) else 4096, start)) for start in starts if start < size]
+    return combine([str(size), *(sha256(part) for part in parts)])[:24]
+
+
+def known_files(snapshot: Snapshot) -> dict[str, str]:
+    """The event files that a snapshot's layers read, each with its fingerprint."""
+    out: dict[str, str] = {}
+    for layer in snapshot.stack.layers:
+        out |= layer.manifest.meta["files"]
+    return out
+
+
+# -- the steps ----------------------------------------------------------------------------------------------------------
+
+
+def _read(todo: Plan, number: int) -> str:
+    return json.dumps(vars(read(todo, number)))
+
+
+def _finish(todo: Plan, bucket: int) -> str:
+    result = finish_bucket(todo, bucket, rows_of(todo, bucket))
+    return "" if result is None else json.dumps(result.plain())
+
+
+def _assessed(todo: Plan, home: Place, run: Runner, sides: Sides) -> Assessed:
+    """Run the tasks, and judge the whole. Holds one merged report, the names of files, and the facts of items: nothing grows with rows."""
+    source = todo.source
+    deleted = sum(json.loads(answer)["deleted"] for answer in run(todo, _read, len(todo.fragments)))
+    entries: list[FileEntry] = []
+    events, voided = TableReport(), 0
+    for answer in run(todo, _finish, todo.num_buckets):
+        if answer:
+            result = BucketResult.of(json.loads(answer))
+            entries += result.files
+            events, voided = TableReport.merge([events, result.report]), voided + result.voided
+    events = replace(events, rows_in=events.rows_in + deleted, rows_deleted=deleted)
+    facts = _facts(todo)
+    items, users = (None if side is None else side.report for side in (sides.items, sides.users))
+    previous = todo.parent or _previous(home, source)
+    before = None if previous is None else previous.whole_report()
+    report = ValidationReport(
+        source.name, events, 0 if facts is None else pc.count_distinct(facts["item_id"]).as_py(), items, users,
+        parent="" if previous is None else previous.name, file_columns={} if todo.tables is None else todo.tables.file_columns(),
+    )  # fmt: skip
+    if todo.tables is not None:
+        rules = {**todo.rules.by_name, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
+        limit = source.max_quarantined_share
+        report = replace(report, findings=run_checks(source.checks, report, before, rules=rules, max_quarantined_share=limit, now=todo.now))
+    return Assessed(report, before, _examples(todo, entries), entries, voided, facts)
+
+
+def _previous(home: Place, source: SourceConfig) -> Snapshot | None:
+    """The latest snapshot, if it is of the same source and can be read."""
     try:
-        parts = [part for fragment in todo.fragments for part in judged_rows(todo, fragment)]
-        rows = pa.concat_tables([judged_schema(todo).empty_table(), *parts])
-        bucket = np.asarray(rows[BUCKET])
-        order = np.argsort(bucket, kind="stable")
-        edges = np.searchsorted(bucket[order], np.arange(todo.num_buckets + 1))
-        results = [
-            finish_bucket(todo, number, rows.take(pa.array(order[start:stop])))
-            for number, (start, stop) in enumerate(itertools.pairwise(edges))
-            if stop > start
-        ]
-        return publish(todo, home, results, items, users)
-    except BaseException:
-        todo.folder.delete()
-        raise
+        found = Snapshot.open(home)
+    except ArtifactError:
+        return None
+    return found if found.manifest.meta["source"]["name"] == source.name else None
 
 
-def prices(items: pa.Table) -> pa.Table:
-    """What rules may ask of the catalogue."""
-    return items.select(["item_id", "price"])
+def _facts(todo: Plan) -> pa.Table | None:
+    """What the new events of all buckets say of items; None where there are none. Grows with items and their prices, not with events."""
+    parts: list[pa.Table] = []
+    for place in (todo.facts_place(bucket) for bucket in range(todo.num_buckets)):
+        if place.exists():
+            parts.append(pa.ipc.open_file(pa.BufferReader(place.read())).read_all())
+        if len(parts) >= 16:
+            parts = [etl.merge_facts(parts)]
+    return etl.merge_facts(parts) if parts else None
+
+
+def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]:
+    """The tables beside the events: whole ones, or over a parent the rows that are new or different."""
+    folder, parent = todo.folder, todo.parent
+    everything = etl.merge_facts([*([] if parent is None else parent.stack.facts()), *([] if facts is None else [facts])])
+    items = etl.item_table(everything, todo.source.items_from_events, _catalogue(parent, sides))
+    parts = [(ITEMS_FILE, items if parent is None else changed(parent.items(), items, ("item_id",))[0]), (FACTS_FILE, facts)]
+    parts += _side_news(parent, sides)
+    for name, side in (("items", sides.items), ("users", sides.users)):
+        parts.append((f"quarantine/{name}.parquet", None if side is None or not side.quarantined.num_rows else side.quarantined))
+    edges = None if sides.identities is None else sides.identities.sort_by([("device_id", "ascending"), ("user_id", "ascending")])
+    if edges is not None:
+        edges = edges.filter(pa.array(~(todo.tombstones.covers(edges["device_id"]) | todo.tombstones.covers(edges["user_id"]))))
+        if parent is None or parent.identities() != edges:
+            parts.append((IDENTITIES_FILE, edges))
+    return [write_table(folder, name, table) for name, table in parts if table is not None and (table.num_rows or parent is None)]
+
+
+def _catalogue(parent: Snapshot | None, sides: Sides) -> pa.Table | None:
+    """The catalogue as the source gives it, with the parent's rows that it lacks now."""
+    before = None if parent is None else parent.stack.newest(CATALOGUE_FILE, "item_id")
+    now = None if sides.items is None else sides.items.clean
+    found = [table for table in (before, now) if table is not None]
+    return upsert(found, "item_id") if found else None
+
+
+def _side_news(parent: Snapshot | None, sides: Sides) -> list[tuple[str, pa.Table]]:
+    """The catalogue and the users as they are written: whole, or over a parent the rows that are new or different."""
+    out = []
+    for name, key, side in ((CATALOGUE_FILE, "item_id", sides.items), (USERS_FILE, "user_id", sides.users)):
+        if side is not None:
+            before = None if parent is None else parent.stack.newest(name, key)
+            out.append((name, side.clean if before is None else changed(before, side.clean, (key,))[0]))
+    return out
+
+
+def _check_same(parent: Snapshot, source: SourceConfig) -> None:
+    """``ConfigError`` where rows can only be ingested together, or where the parent's were made by other settings."""
+    if source.order_clock is not None:
+        raise ConfigError("events without a clock (`unit: order`) are spread over time together and cannot be appended; ingest everything")
+    if source.duplicates == "keep":
+        raise ConfigError("with `duplicates: keep` a row that comes again cannot be told from a new one; ingest everything, without append")
+    before, now = parent.manifest.meta["source"], source.plain()
+    for name in ("name", "duplicates", "session_gap_minutes", "behaviour", "returns", "returns_days", "items_from_events", "targets"):
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"`{name}` is {now.get(name)!r}, but {parent.name} was made with {before.get(name)!r}; its rows would not agree with "
+                "new ones. Ingest everything again, or keep the setting."
+            )
+
+
+def _check_types(parent: Snapshot, tables: Tables) -> None:
+    """``DataError`` where a column of new files has another type than in the parent."""
+    stored = parent.stack.schema()
+    for column in tables.schema:
+        if column.name in stored.names and stored.field(column.name).type != column.type:
+            raise DataError(
+                f"column {column.name!r} is {stored.field(column.name).type} in {parent.name} but {column.type} in the new files "
+                f"({', '.join(list(tables.files)[:3])}); write the files with one type, declare `types:`, or ingest everything again"
+            )
+
+
+def _check_latest(home: Place, parent: Snapshot) -> None:
+    """``ArtifactError`` where another snapshot became the latest meanwhile that has more than the parent."""
+    name = latest(home, "snapshot")
+    if name != parent.name and Snapshot.open(home, name).digest != parent.digest:
+        raise ArtifactError(
+            f"{name} became the latest snapshot while rows were appended to {parent.name}; nothing was published. Append again: "
+            "it reads what is missing there."
+        )
+
+
+def _literal(path: str) -> str:
+    """A path as a pattern that matches nothing else."""
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path)
+
+
+def _examples(todo: Plan, entries: Iterable[FileEntry]) -> pa.Table:
+    """The first rows in quarantine of every reason, by file and row."""
+    found: pa.Table | None = None
+    for entry in entries:
+        if entry.name.startswith("quarantine/"):
+            table = _few(pq.read_table(pa.BufferReader((todo.folder / entry.name).read())))
+            found = table if found is None else _few(joined([found, table]))
+    return pa.table({"reason": pa.array([], pa.string())}) if found is None else found
+
+
+def _few(table: pa.Table) -> pa.Table:
+    table = table.sort_by([(name, "ascending") for name in ("reason", "file", "row")])
+    reason = np.asarray(table["reason"].combine_chunks().dictionary_encode().indices)
+    starts = np.flatnonzero(np.diff(reason, prepend=-1))
+    place = np.arange(len(reason)) - np.repeat(starts, np.diff(np.append(starts, len(reason))))
+    return table.filter(pa.array(place < EXAMPLES))
+
+
+def _example(found: Assessed) -> str:
+    """The first row in quarantine for the most frequent reason, in words; empty where there is none."""
+    reasons = found.report.events.reasons
+    main = max(reasons, key=lambda name: reasons[name], default=None)
+    rows = [row for row in found.examples.to_pylist() if row["reason"] == main]
+    if not rows:
+        return ""
+    told = {name: value for name, value in rows[0].items() if value is not None and name not in ("reason", "file", "row", "unreadable")}
+    cells = rows[0]["unreadable"] or ", ".join(f"{name}={value}" for name, value in told.items())
+    return f" For example, {main} in row {rows[0]['row'] + 1} of {rows[0]['file']}: {str(cells)[:300]}"

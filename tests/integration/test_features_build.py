@@ -8,7 +8,7 @@ import pytest
 from shop import ITEMS, Happening, snapshot
 
 from maple.artifacts import Place
-from maple.data.snapshot import events_file
+from maple.data.layers import events_file
 from maple.errors import ArtifactError
 from maple.features.build import FeatureArtifact, build_local
 from maple.features.fold import DAY

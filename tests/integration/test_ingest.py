@@ -67,9 +67,9 @@ def events(**more: object) -> SourceConfig:
             b"u,i,t\na,b,2020-01-01\n\xff\xfe,b,2020-01-02\n",
             {},
             DataError,
-            r"^e\.csv cannot be read: .*declare its `encoding:`, for example latin-1$",
+            r"^e\.csv is not utf-8 text .*declare its `encoding:`, for example latin-1$",
         ),
-        (b"u,i,t\na,b,never\n", {}, DataError, r"^source 'custom': no events are left after cleaning 1 rows \(unreadable: 1\)"),
+        (b"u,i,t\na,b,never\n", {}, DataError, r"^source 'custom': .*no events are left after cleaning 1 rows \(unreadable: 1\)"),
         (
             b"u,i,t\na,b,2020-01-01\n",
             {"rules": [{"kind": "range", "column": "item_id", "min": 0}]},
@@ -77,7 +77,7 @@ def events(**more: object) -> SourceConfig:
             r"^rule 'range:item_id' cannot judge",
         ),
         (b"u,i\na,b\n", {}, DataError, r"^e\.csv: unknown column 't'"),
-        (b"u,i,t\n", {}, DataError, r"^source 'custom': no events are left after cleaning 0 rows"),
+        (b"u,i,t\n", {}, DataError, r"^source 'custom': .*no events are left after cleaning 0 rows"),
         (b"", {}, DataError, "is empty"),
     ],
 )

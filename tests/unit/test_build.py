@@ -11,7 +11,7 @@ import pytest
 from shop import ITEMS, T0, Happening, snapshot
 
 from maple.artifacts import Place
-from maple.data.snapshot import events_file
+from maple.data.layers import events_file
 from maple.errors import ArtifactError
 from maple.features.build import FeatureArtifact, build_bucket, build_local, build_shard, plan, publish, rows_file, ticks_file
 from maple.features.catalogue import Catalogue

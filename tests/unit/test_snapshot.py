@@ -16,7 +16,8 @@ from maple.artifacts import Place
 from maple.data.etl import bucket_of
 from maple.data.ingest import ingest_local
 from maple.data.presets import load_source
-from maple.data.snapshot import Snapshot, events_file
+from maple.data.layers import events_file
+from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.errors import ArtifactError, ConfigError, DataError
 

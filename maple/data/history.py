@@ -1,0 +1,196 @@
+"""What an append needs of its parent: rows by id or by user as they were accepted, and what becomes different.
+
+An accepted row is what a stored one was made of: made session ids are taken away again and netted quantities put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maple.data import etl
+from maple.data.behaviour import Entropy, Rate, names_of
+from maple.data.etl import NETTED
+from maple.data.identity import SOURCE_USER, Stitching
+from maple.data.layers import id_hashes, joined
+from maple.data.plan import Moves, stitched
+from maple.data.report import FILE, ROW, UNREADABLE
+from maple.data.snapshot import Snapshot
+from maple.data.sources import SourceConfig
+
+MADE_SESSION = r"^s-[0-9a-f]{16}$"  # see etl.sessionise
+
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a bucket of a parent has of some users: stored events, rows set aside that may come back, and all of them as accepted.
+
+    ``since``: from which time on the events are whole (microseconds), None for all.
+    """
+
+    clean: pa.Table
+    aside: pa.Table
+    accepted: pa.Table
+    since: int | None
+
+
+def held(parent: Snapshot, bucket: int, users: pa.Array, source: SourceConfig, since: int | None) -> Held:
+    """The rows of some users in a bucket; with ``since`` at least those from then on."""
+    clean = parent.bucket(bucket, None, since)
+    if clean is None:
+        clean = parent.stack.schema().empty_table()
+    clean = clean.filter(pc.is_in(clean["user_id"], value_set=users))
+    aside = None if since is not None else parent.stack.quarantine(bucket)
+    if aside is not None:
+        mine = pc.and_(
+            pc.is_in(aside["user_id"], value_set=users), pc.is_in(aside["reason"], value_set=pa.array(reconsidered(source), pa.string()))
+        )
+        aside = parent.tombstones.keep(aside.filter(mine))
+    else:
+        aside = clean.slice(0, 0).append_column("reason", pa.array([], pa.string()))
+    parts = [accepted(clean, parent.stack.gross(bucket))]
+    if aside.num_rows:
+        names = {"file": FILE, "row": ROW, "unreadable": UNREADABLE}
+        plain = aside.drop_columns(["reason"])
+        parts.append(plain.rename_columns([names.get(name, name) for name in plain.column_names]))
+    return Held(clean, aside, joined(parts), since)
+
+
+def reconsidered(source: SourceConfig) -> list[str]:
+    """The reasons for which a row is set aside because of its user's other rows, so that more rows may bring it back."""
+    named = zip(names_of(source.behaviour), source.behaviour, strict=True)
+    return [*(name for name, rule in named if isinstance(rule, Rate | Entropy)), *([NETTED] if source.returns == "net" else [])]
+
+
+def accepted(stored: pa.Table, gross: pa.Table | None) -> pa.Table:
+    """Stored events as they were accepted, with the bookkeeping columns of rows that come from no file. ``gross``: see ``Stack.gross``."""
+    given = stored["session_id"]
+    made = pc.fill_null(pc.match_substring_regex(given, MADE_SESSION), False)
+    out = stored.set_column(stored.column_names.index("session_id"), "session_id", pc.if_else(made, None, given))
+    if gross is not None:
+        place = pc.index_in(out["event_id"], value_set=gross["event_id"].combine_chunks())
+        value = pc.if_else(pc.is_valid(place), gross["value"].combine_chunks().take(place), out["value"])
+        out = out.set_column(out.column_names.index("value"), "value", value)
+    rows = out.num_rows
+    marks = {FILE: pa.repeat("", rows), ROW: pa.array(np.arange(rows)), UNREADABLE: pa.nulls(rows, pa.string())}
+    for name, column in marks.items():
+        out = out.append_column(name, column)
+    return out
+
+
+def same_rows(parent: Snapshot, bucket: int, events: pa.Table, source: SourceConfig, moved: pa.Table | None) -> tuple[Bool, Bool]:
+    """Which events the parent has, and which of its event ids stand for another content there, bool[N] each.
+
+    The hash index names the few rows that may be known; only those are compared, with ``moved`` ones that come to the bucket. What a row
+    does not say of its session is not compared, nor whose it is where ids are stitched: the id that came is.
+    """
+    same = np.zeros(events.num_rows, np.bool_)
+    other = same.copy()
+    possible = parent.stack.known(bucket, id_hashes(events["event_id"]))
+    if moved is not None:
+        possible |= np.asarray(pc.is_in(events["event_id"], value_set=moved["event_id"].combine_chunks()))
+    maybe = np.flatnonzero(possible)
+    if len(maybe) == 0:
+        return same, other
+    asked = events.take(pa.array(maybe))
+    clean, aside = parent.bucket(bucket), parent.stack.quarantine(bucket)
+    parts = [] if clean is None else [accepted(_of(clean, asked["event_id"]), parent.stack.gross(bucket))]
+    if aside is not None:
+        mine = aside.filter(pc.is_in(aside["reason"], value_set=pa.array(reconsidered(source), pa.string())))
+        parts.append(parent.tombstones.keep(_of(mine, asked["event_id"])))
+    if moved is not None:
+        parts.append(_of(moved, asked["event_id"]))
+    there = joined(parts) if parts else asked.slice(0, 0)
+    if SOURCE_USER in asked.column_names and SOURCE_USER in there.column_names:
+        asked = asked.drop_columns(["user_id"])
+    place = pc.index_in(asked["event_id"], value_set=there["event_id"].combine_chunks())
+    found = np.asarray(pc.is_valid(place))
+    if found.any():
+        equal = _equal(asked, there.take(pc.fill_null(place, 0)), lenient=("session_id",))
+        same[maybe], other[maybe] = found & equal, found & ~equal
+    return same, other
+
+
+def moves(parent: Snapshot, now: Stitching, source: SourceConfig) -> Moves | None:
+    """What moves from user to user in a parent when ids are stitched anew, None where nothing does."""
+    before = parent.stitching() or Stitching.of(pa.table({"device_id": pa.array([], pa.string()), "user_id": pa.array([], pa.string())}))
+    ids = before.changes(now)
+    users = pc.unique(pa.concat_arrays([before.apply(ids), now.apply(ids)]))
+    parts = []
+    for bucket in sorted(set(etl.bucket_of(before.apply(ids), parent.num_buckets).tolist())) if len(ids) else ():
+        rows = held(parent, bucket, users, source, None).accepted
+        if SOURCE_USER not in rows.column_names:
+            rows = rows.append_column(SOURCE_USER, rows["user_id"])
+        source_ids = pc.coalesce(rows[SOURCE_USER], rows["user_id"])
+        rows = rows.set_column(rows.column_names.index(SOURCE_USER), SOURCE_USER, source_ids)
+        parts.append(stitched(rows.filter(pc.is_in(source_ids, value_set=ids)), now))
+    return Moves(ids, users, joined(parts)) if parts else None
+
+
+def continued(table: pa.Table, stored: pa.Table) -> pa.Table:
+    """Sessions made of part of a user's rows, with the names they have: one that starts with a stored row goes on under its name."""
+    if table.num_rows == 0 or stored.num_rows == 0:
+        return table
+    session = table["session_id"].combine_chunks().dictionary_encode()
+    code = np.asarray(pc.fill_null(session.indices, len(session.dictionary)))
+    place = pc.index_in(table["event_id"], value_set=stored["event_id"].combine_chunks())
+    fresh = np.asarray(pc.is_null(place))
+    order = np.lexsort((fresh, np.asarray(table["timestamp"].cast(pa.int64())), code))
+    heads = order[np.flatnonzero(np.diff(code[order], prepend=-1))]
+    heads = heads[~fresh[heads] & (code[heads] < len(session.dictionary))]
+    names = np.array(session.dictionary.to_pylist(), object)
+    names[code[heads]] = stored["session_id"].take(place.take(pa.array(heads))).to_pylist()
+    at = table.column_names.index("session_id")
+    return table.set_column(at, "session_id", pa.array(names, pa.string()).take(session.indices))
+
+
+def changed(before: pa.Table, now: pa.Table, keys: Sequence[str] = ("event_id",)) -> tuple[pa.Table, pa.Table]:
+    """Rows of ``now`` that ``before`` lacks or has with other values, and rows of ``before`` that are no longer there as they were."""
+    if before.num_rows == 0:
+        return now, before
+    first, second = _key(before, keys), _key(now, keys)
+    place = pc.index_in(second, value_set=first)
+    known = np.asarray(pc.is_valid(place))
+    equal = known & _equal(now, before.take(pc.fill_null(place, 0)))
+    kept = np.zeros(before.num_rows, np.bool_)
+    kept[np.asarray(place.drop_null())[equal[known]]] = True
+    return now.filter(pa.array(~equal)), before.filter(pa.array(~kept))
+
+
+def _of(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
+    return table.filter(pc.is_in(table["event_id"], value_set=ids.combine_chunks()))
+
+
+def _key(table: pa.Table, keys: Sequence[str]) -> pa.Array:
+    columns = [table[key] for key in keys]
+    joined_keys = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\n")
+    return joined_keys.combine_chunks()
+
+
+def _equal(one: pa.Table, other: pa.Table, lenient: Sequence[str] = ()) -> Bool:
+    """Which rows agree; a null of ``one`` in a lenient column agrees with anything, and so does all of one that ``other`` lacks.
+
+    Without lenient columns, one that ``other`` lacks is null there.
+    """
+    out = np.ones(one.num_rows, np.bool_)
+    for name in one.column_names:
+        if name.startswith("_"):
+            continue
+        if name not in other.column_names:
+            out &= bool(lenient) | np.asarray(pc.is_null(one[name]))
+            continue
+        left, right = one[name].combine_chunks(), other[name].combine_chunks()
+        if pa.types.is_nested(left.type):
+            same = np.array([a == b for a, b in zip(left.to_pylist(), right.to_pylist(), strict=True)], np.bool_)
+        else:
+            null = pc.and_(pc.is_null(left), pc.is_null(right))
+            same = np.asarray(pc.or_(null, pc.fill_null(pc.equal(left, right), False)))
+        out &= same | np.asarray(pc.is_null(left)) if name in lenient else same
+    return out
