@@ -84,7 +84,7 @@ def cut_text(place: Place, label: str, table: FileSource, size: int) -> list[Cut
     edges, counts = [0], [0]
     at = records = 0
     with readable(label, table.encoding):
-        for lines in _whole_lines(place, label):
+        for lines in _whole_lines(place, label, min(CHUNK, size)):
             whole = whole or _hides_ends(lines, quote)
             at += len(lines)
             records += _records(lines, kind, table.delimiter)
@@ -115,13 +115,13 @@ def _check_growth(read: int, size: int, label: str) -> None:
         )
 
 
-def _whole_lines(place: Place, label: str) -> Iterator[bytes]:
+def _whole_lines(place: Place, label: str, chunk_bytes: int) -> Iterator[bytes]:
     """The bytes of a file in chunks that end at a line end, but for the last."""
     size = place.fs.get_file_info(place.path).size
     rest = b""
     read = 0
     with place.fs.open_input_stream(place.path) as stream:
-        while chunk := bytes(stream.read(CHUNK)):
+        while chunk := bytes(stream.read(chunk_bytes)):
             read += len(chunk)
             if is_compressed(place):
                 _check_growth(read, size, label)
@@ -161,12 +161,12 @@ def _hides_ends(lines: bytes, delimiter: bytes | None) -> bool:
 
 
 def _records(lines: bytes, kind: str, delimiter: str | None) -> int:
-    ends = lines.count(b"\n") + (not lines.endswith(b"\n"))
+    ends = lines.count(b"\n") + (not lines.endswith(b"\n")) + lines.count(b"\r") - lines.count(b"\r\n")
     if kind == "lists":
         return _pairs(lines, delimiter)
     if kind not in ("csv", "tsv") or not (lines.startswith((b"\n", b"\r")) or b"\n\n" in lines or b"\n\r" in lines):
         return ends
-    return sum(1 for line in lines.split(b"\n") if line.rstrip(b"\r"))
+    return sum(1 for line in lines.splitlines() if line)
 
 
 def _pairs(lines: bytes, delimiter: str | None) -> int:

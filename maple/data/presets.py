@@ -1,4 +1,4 @@
-"""Finding a source: a preset that ships with Maple, a YAML file, or a data folder; and the advice for a folder that has none."""
+"""Finding a source: a preset that ships with Maple, a YAML file, or a data folder with its own YAML or of a known layout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 
 from maple.artifacts import Place
 from maple.config import read_yaml
-from maple.data.files import columns_of
-from maple.data.sources import SourceConfig
+from maple.data.recognise import how_to_write, recognise
+from maple.data.sources import SourceConfig, check_uri
 from maple.errors import ConfigError, unknown_name
 
 FOLDER = Path(__file__).with_name("presets")
 FOLDER_FILES = ("source.yaml", "maple.yaml")
-READABLE = (".csv", ".tsv", ".jsonl", ".parquet", ".dat", ".inter", ".item", ".user")
 
 
 def names() -> list[str]:
@@ -34,29 +33,11 @@ def default_folder(name: str) -> Path:
     return Path(data) / name
 
 
-def how_to_write(root: Place) -> str:
-    """What to tell someone whose folder Maple does not know: the columns found, and a mapping to start from."""
-    found: list[tuple[str, list[str]]] = []
-    for child in root.children():
-        if child.name.lower().endswith(READABLE) and len(found) < 5:
-            found.append((child.name, columns_of(child)))
-    if not found:
-        return f"{root.uri} holds no table that Maple reads ({', '.join(READABLE)}); check the path (presets: {', '.join(names())})"
-    listed = "\n".join(f"  {name}: {', '.join(columns[:30]) or '(no columns could be read)'}" for name, columns in found)
-    file = found[0][0]
-    return (
-        f"{root.uri} has no source.yaml and is not a preset ({', '.join(names())}). Its tables:\n{listed}\n"
-        "Write source.yaml there, for example:\n"
-        f"  events:\n    path: {file}\n    columns: {{user_id: <column>, item_id: <column>, timestamp: <column>, session_id: <column>, "
-        "value: <quantity>, price: <unit price>}\n    constants: {event: purchase}"
-    )
-
-
 def load_source(name_or_yaml: str, folder: str | Path | Place | None = None) -> tuple[SourceConfig, Place]:
     """A source and the root of its files. ``name_or_yaml`` is a preset (with ``folder``), a YAML file, or a data folder.
 
-    A folder uses its own ``source.yaml`` (or ``maple.yaml``), else the preset of its name; where there is neither, the ``ConfigError``
-    lists the columns found and shows what to write.
+    A folder uses its own ``source.yaml`` (or ``maple.yaml``), else the preset of its name, else the layout it is recognised by (which
+    ``about`` tells); where there is none, the ``ConfigError`` lists the columns found and shows what to write.
     """
     if name_or_yaml.endswith((".yaml", ".yml")):
         path = Path(name_or_yaml)
@@ -73,9 +54,12 @@ def load_source(name_or_yaml: str, folder: str | Path | Place | None = None) -> 
     for file in FOLDER_FILES:
         if root.local and (root.local / file).exists():
             return SourceConfig.parse(read_yaml(root.local / file), f"{root.uri}/{file}"), root
-    if root.name in names():
-        return _preset(root.name), root
-    raise ConfigError(how_to_write(root))
+    source = _preset(root.name) if root.name in names() else None
+    if source is None or not all((root / file).exists() for table in source.events for file in table.paths):
+        source = recognise(root) or source
+    if source is None:
+        raise ConfigError(how_to_write(root, names()))
+    return source, root
 
 
 def _preset(name: str) -> SourceConfig:
@@ -83,7 +67,7 @@ def _preset(name: str) -> SourceConfig:
 
 
 def _existing(folder: str | Path | Place) -> Place:
-    root = Place.at(folder)
+    root = Place.at(folder if isinstance(folder, Place) else check_uri(str(folder)))
     if not root.exists():
         raise ConfigError(f"the data folder {root.uri} does not exist; check the path (presets: {', '.join(names())})")
     return root

@@ -98,6 +98,8 @@ def _decoded(batch: pa.Table, stored: pa.Schema, label: str) -> Iterator[tuple[i
 
 
 def _csv(table: FileSource, needed: Sequence[str], fragment: Fragment, kind: str) -> Iterator[Raw]:
+    if fragment.stop is not None and fragment.rows == 0:  # a header or blank lines alone, which Arrow refuses
+        return
     broken: list[tuple[int, str]] = []
     heading = 1 if fragment.start == 0 and not table.header else 0
     names = list(table.header) or (columns_of(fragment.place, table) if fragment.start else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def opened(table: TableSource, folder: Path, schema: pa.Schema = EVENTS) -> Tabl
     return Tables.open((table,), schema, Place.at(folder))
 
 
-def lines(rows: list[tuple[str, ...]], delimiter: str, head: tuple[str, ...] | None = ("who", "what", "when", "amount")) -> str:
-    return "".join(delimiter.join(row) + "\n" for row in ([head] if head else []) + rows)
+def lines(rows: Sequence[tuple[str, ...]], delimiter: str, head: tuple[str, ...] | None = ("who", "what", "when", "amount")) -> str:
+    return "".join(delimiter.join(row) + "\n" for row in (*([head] if head else []), *rows))
 
 
 def check(table: pa.Table) -> None:
@@ -374,13 +375,16 @@ def test_a_folder_uses_its_own_yaml_then_its_name_and_else_advises(tmp_path: Pat
 
 
 def test_every_preset_parses() -> None:
-    assert presets.names() == ["complete-journey", "ml-100k", "ml-1m", "online-retail"]
+    assert presets.names() == ["amazon-beauty", "complete-journey", "gowalla", "ml-100k", "ml-1m", "online-retail"]
     for name in presets.names():
         assert load_source(name, "/")[0].name == name
 
 
 def test_preset_tables_of_the_real_sets(data_dir: Path) -> None:
-    rows = {"online-retail": (541_909, 0), "complete-journey": (75_000, 92_331), "ml-100k": (100_000, 1_682), "ml-1m": (1_000_209, 3_883)}
+    rows = {
+        "online-retail": (541_909, 0), "complete-journey": (75_000, 92_331), "ml-100k": (100_000, 1_682), "ml-1m": (1_000_209, 3_883),
+        "gowalla": (810_128 + 217_242, 0), "amazon-beauty": (198_502, 0),
+    }  # fmt: skip
     for name, (num_events, num_items) in rows.items():
         source, root = load_source(str(data_dir / name))
         table = pa.concat_tables([part.select(["user_id", UNREADABLE]) for part in Tables.open(source.events, EVENTS, root).batches()])
