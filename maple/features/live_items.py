@@ -56,7 +56,8 @@ class LiveItems(Protocol):
     def put(self, item_id: str, changes: Mapping[str, Any]) -> LiveItem:
         """Say something of an item, by names of ``LiveItem``; with nothing but an id it is a new item. What was withdrawn is back.
 
-        ``attributes`` change one by one like everything else; None takes all away. ``{"deleted": True}`` withdraws. ``DataError`` where a change is not legal.
+        ``attributes`` change one by one like everything else; None takes all away. ``{"deleted": True}`` withdraws.
+        ``DataError`` where a change is not legal.
         """
 
     def delete(self, item_id: str) -> LiveItem:

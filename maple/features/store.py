@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from maple.errors import DataError, unknown_name
 from maple.features.folder import Folder, Rows
 from maple.features.states import Attribute, UserState
-from maple.schema import EVENT_CODES, EVENT_TYPES, check_id, legal_ids
+from maple.schema import EVENT_CODES, EVENT_TYPES, EVENTS, TIMESTAMP, check_id, legal_ids
 
 MAX_CONTEXT_BYTES = 8192
 MAX_TIME = 1 << 52  # microseconds since 1970
@@ -111,6 +111,9 @@ class OnlineStore(Protocol):
         attributes and links. Blocked ids are kept as keyed hashes only.
         """
 
+    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+        """All events as EVENTS tables of about so many rows, each event under the id it came with; others may write meanwhile."""
+
     def expire(self, before: int) -> int:
         """Forget all events earlier than a time in microseconds; returns how many. States are then those of what is left."""
 
@@ -168,10 +171,17 @@ def rows_of_lines(logs: Sequence[Sequence[Line]]) -> Rows:
     )
 
 
-def in_order(lines: Iterable[Line], once: bool = False) -> list[Line]:
-    """Lines in the order they are folded in; with ``once`` the first of each event id (ids of one person may have sent it twice)."""
-    ordered = sorted(lines, key=lambda line: (line[3], line[0]))
-    return list({line[0]: line for line in reversed(ordered)}.values())[::-1] if once else ordered
+def in_order(lines: Iterable[Line]) -> list[Line]:
+    """Lines in the order they are folded in."""
+    return sorted(lines, key=lambda line: (line[3], line[0]))
+
+
+def once(lines: Iterable[Line]) -> list[Line]:
+    """In order, and of each event id the first: several ids of one person may have sent the same event."""
+    seen: dict[str, Line] = {}
+    for line in sorted(lines, key=lambda line: (line[3], line[0], line[1], line[2], line[4] or 0.0, line[5] or 0.0)):
+        seen.setdefault(line[0], line)
+    return list(seen.values())
 
 
 _EVENT_COLUMNS = ["event_id", "user_id", "item_id", "event", "timestamp", "value", "price", "session_id", "request_id"]
@@ -194,6 +204,13 @@ def events_of(table: pa.Table, rows: int = 10_000) -> Iterator[list[Event]]:
     for start in range(0, ordered.num_rows, rows):
         columns = ordered.slice(start, rows).columns
         yield [Event(*row) for row in zip(*(column.to_pylist() for column in columns), strict=True)]
+
+
+def to_table(events: Sequence[Event]) -> pa.Table:
+    """Events as an EVENTS table; their contexts are left behind."""
+    columns = {name: [getattr(event, name) for event in events] for name in EVENTS.names}
+    times = pa.array(columns.pop("timestamp"), pa.int64()).cast(TIMESTAMP)
+    return pa.table([times if field.name == "timestamp" else pa.array(columns[field.name], field.type) for field in EVENTS], schema=EVENTS)
 
 
 # -- reading: a checkpoint and what came since -------------------------------------------------------------------------

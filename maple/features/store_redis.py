@@ -20,7 +20,21 @@ from maple.features.folder import Folder
 from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
 from maple.features.redis_link import RedisLink
 from maple.features.states import Attribute, UserState
-from maple.features.store import Ack, Checkpoint, Event, Found, Line, Past, Progress, events_of, heavy_users, in_order, read_states
+from maple.features.store import (
+    Ack,
+    Checkpoint,
+    Event,
+    Found,
+    Line,
+    Past,
+    Progress,
+    events_of,
+    heavy_users,
+    in_order,
+    once,
+    read_states,
+    to_table,
+)
 from maple.hashing import stable_hash
 from maple.schema import check_id
 
@@ -80,6 +94,24 @@ class RedisStore:
         logs = self._link.run(scripts.LOGS, self._stem(user_id))[2]
         events = [_event(event, member.decode() or user_id, data) for member, log in logs for event, data in _pairs(log)]
         return sorted(events, key=lambda event: (*event.order, event.user_id))
+
+    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+        """See ``OnlineStore``."""
+        events: list[Event] = []
+        seen: set[int] = set()  # scanning may give a key twice
+        for key in self._scan("log"):
+            mark = stable_hash("export", key)
+            if mark in seen:
+                continue
+            seen.add(mark)
+            user = key.removeprefix(f"{self._prefix}:").removesuffix(":log")[17:]
+            with self._link.errors():
+                events += [_event(event, user, data) for event, data in self._link.client.hgetall(key).items()]
+            if len(events) >= rows:
+                yield to_table(events)
+                events = []
+        if events:
+            yield to_table(events)
 
     def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
         """See ``OnlineStore``."""
@@ -206,7 +238,8 @@ class RedisStore:
         """See ``Backend``."""
         out = []
         for epoch, count, logs in self._link.run_all(scripts.LOGS, [(self._stem(person),) for person in people]):
-            lines = in_order((_line(event, data) for _, log in logs for event, data in _pairs(log)), once=len(logs) > 1)
+            lines = [_line(event, data) for _, log in logs for event, data in _pairs(log)]
+            lines = once(lines) if len(logs) > 1 else in_order(lines)
             out.append(Past((epoch or b"").decode(), count, lines))
         return out
 

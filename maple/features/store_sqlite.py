@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,21 @@ from maple.features.folder import Folder
 from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
 from maple.features.sqlite_file import SqliteFile
 from maple.features.states import Attribute, UserState
-from maple.features.store import Ack, Checkpoint, Event, Found, Line, Past, Progress, events_of, heavy_users, in_order, read_states
+from maple.features.store import (
+    Ack,
+    Checkpoint,
+    Event,
+    Found,
+    Line,
+    Past,
+    Progress,
+    events_of,
+    heavy_users,
+    in_order,
+    once,
+    read_states,
+    to_table,
+)
 from maple.hashing import stable_hash
 from maple.schema import check_id
 
@@ -140,11 +154,19 @@ class SqliteStore:
             ids = _members(reader, user_id)
             query = f"SELECT {_COLUMNS} FROM events WHERE user_id IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants only
             rows = reader.execute(query, (json.dumps(ids),)).fetchall()
-        events = [
-            Event(event, user, item, kind, at, value, price, session, request, json.loads(context or "{}"))
-            for user, event, _, at, item, kind, value, price, session, request, context in rows
-        ]
-        return sorted(events, key=lambda event: (*event.order, event.user_id))
+        return sorted(map(_event, rows), key=lambda event: (*event.order, event.user_id))
+
+    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+        """See ``OnlineStore``."""
+        query = f"SELECT {_COLUMNS} FROM events WHERE (user_id, event_id) > (?, ?) ORDER BY user_id, event_id LIMIT ?"  # noqa: S608
+        last = ("", "")
+        while True:
+            with self._file.read() as reader:
+                found = reader.execute(query, (*last, rows)).fetchall()
+            if not found:
+                return
+            last = found[-1][:2]
+            yield to_table([_event(row) for row in found])
 
     def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
         """See ``OnlineStore``. One transaction per 10,000 events, so that others may write in between; long pasts are folded at once."""
@@ -319,7 +341,7 @@ class SqliteStore:
                 rows = reader.execute(_PAST, (json.dumps(ids),)).fetchall()
                 lines: list[Line] = [row[1:] for row in rows]
                 place = max((row[0] for row in rows), default=0)
-                out.append(Past(str(epoch[0]) if epoch else "", place, in_order(lines, once=len(ids) > 1)))
+                out.append(Past(str(epoch[0]) if epoch else "", place, once(lines) if len(ids) > 1 else in_order(lines)))
         return out
 
     def keep(self, checkpoints: Sequence[Checkpoint], digest: str) -> None:
@@ -400,6 +422,11 @@ class SqliteStore:
 def _next(writer: sqlite3.Connection) -> int:
     """The number of this commit."""
     return int(writer.execute("UPDATE counter SET value = value + 1 RETURNING value").fetchall()[0][0])
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    user, event, _, at, item, kind, value, price, session, request, context = row
+    return Event(event, user, item, kind, at, value, price, session, request, json.loads(context or "{}"))
 
 
 def _person(connection: sqlite3.Connection, user: str) -> str:

@@ -1,21 +1,26 @@
-"""Appends events to a store for ever and prints the number of each that was acknowledged: killed by test_store.py."""
+"""Appends events to a store for ever and prints the number of the last one that was acknowledged: killed by test_store.py.
+
+Arguments: an SQLite file or a Redis URL, and a name of this writer that its event ids start with.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from shop import ITEMS, T0
+from shop import T0
+from store_suite import FOLDER
 
-from maple.data.dataset import Vocab
-from maple.features.catalogue import Catalogue
-from maple.features.folder import Folder
-from maple.features.spec import FeatureSpec
 from maple.features.store import Event
+from maple.features.store_redis import RedisStore
 from maple.features.store_sqlite import SqliteStore
 
-store = SqliteStore(sys.argv[1], Folder(FeatureSpec(), Catalogue.from_table(Vocab(ITEMS["item_id"].combine_chunks()), ITEMS)))
+where, name = sys.argv[1:]
+store = RedisStore(where, FOLDER) if where.startswith("redis://") else SqliteStore(where, FOLDER)
 number = 0
 while True:
-    store.append([Event(f"e{number:06d}", f"u{number % 3}", "cup", "purchase", T0 + number)])
+    size = 1 + number % 4
+    store.append([Event(f"{name}{n:06d}", f"u{n % 3}", "cup", "purchase", T0 + n) for n in range(number, number + size)])
+    number += size
     print(number, flush=True)
-    number += 1
+    if number % 5 == 0:
+        store.get(["u0", "u1", "u2"])

@@ -1,12 +1,9 @@
-"""One contract for every online store, and what is particular to each backend."""
+"""The contract of online stores on each backend, and what is particular to each."""
 
 from __future__ import annotations
 
+import itertools
 import os
-import random
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,210 +13,67 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis
-from needs import require
-from shop import ITEMS, T0, table
+from redis_server import RedisServer, free_port
+from shop import T0
+from store_suite import FOLDER, OTHER, StoreSuite, check_same, clean, events
 
-from maple.data.dataset import Vocab
-from maple.errors import ArtifactError, ConfigError, DataError, ServeError
-from maple.features.catalogue import Catalogue
-from maple.features.fold import DAY
+from maple.errors import ArtifactError, ConfigError, ServeError
 from maple.features.folder import Folder
-from maple.features.spec import FeatureSpec
-from maple.features.states import KEYED, UserState
-from maple.features.store import Ack, Event, OnlineStore, rows_of
+from maple.features.store import Ack, Event, OnlineStore
 from maple.features.store_redis import RedisStore
 from maple.features.store_sqlite import SqliteStore
-from maple.features.view import Key
-
-CATALOGUE = Catalogue.from_table(Vocab(ITEMS["item_id"].combine_chunks()), ITEMS)
-FOLDER = Folder(FeatureSpec(), CATALOGUE)
-OTHER = Folder(FeatureSpec(half_lives=(2.0,)), CATALOGUE)
 
 
-def events(count: int = 40, users: int = 3, seed: int = 1) -> list[Event]:
-    """Events of a few users, many at the same moment, ids in no order."""
-    draw = random.Random(seed)
-    kinds = ["view", "purchase", "add_to_cart", "return", "rating"]
-    return [
-        Event(
-            f"e{draw.randrange(10**9):09d}", f"u{draw.randrange(users)}", draw.choice(["apple", "cup", "dish", "egg", "unknown"]),
-            draw.choice(kinds), T0 + draw.randrange(6) * DAY, draw.choice([None, 1.0, 2.5]), draw.choice([None, 4.0]), None, None, {},
-        )
-        for _ in range(count)
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
 
 
-def clean(made: list[Event], user: str, folder: Folder = FOLDER) -> UserState:
-    """The state of a user folded once, in order, without a store."""
-    log = sorted({event.event_id: event for event in made if event.user_id == user}.values(), key=lambda event: event.order)
-    return folder.advance([folder.empty(user)], rows_of([log]))[0]
+def write_and_kill(where: str, names: list[str], kill: Callable[[list[subprocess.Popen[bytes]]], object]) -> dict[str, int]:
+    """Several processes append until ``kill``; by name of the writer, how many events it was told are stored."""
+    script = Path(__file__).with_name("store_writer.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), where]
+    writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) for name in names]
+    for writer in writers:
+        assert writer.stdout is not None
+        for _ in range(15):
+            assert writer.stdout.readline()
+    kill(writers)
+    told = {}
+    for name, writer in zip(names, writers, strict=True):
+        assert writer.stdout is not None
+        lines = writer.stdout.read().split(b"\n")[:-1]
+        writer.wait()
+        told[name] = int(lines[-1]) if lines else 0
+    return told
 
 
-def check_same(one: UserState, two: UserState) -> None:
-    assert (one.user, one.items, one.size, one.tail) == (two.user, two.items, two.size, two.tail)
-    np.testing.assert_array_equal(one.times, two.times)
-    for key in (Key.USER, *KEYED):
-        order = [one.keyed[key].index[text] for text in two.keyed[key].ids]
-        assert len(order) == len(one.keyed[key].ids)
-        np.testing.assert_array_equal(one.keyed[key].state[order], two.keyed[key].state)
-        np.testing.assert_array_equal(one.keyed[key].last[order], two.keyed[key].last)
-
-
-class StoreSuite:
-    """What every backend must do. Subclasses give ``store``, and ``again``: another connection to the same data."""
-
-    def test_it_is_a_store(self, store: OnlineStore) -> None:
-        assert isinstance(store, OnlineStore)
-
-    def test_the_next_read_sees_an_acknowledged_event(self, store: OnlineStore) -> None:
-        for place, event in enumerate(events(10, users=1)):
-            assert store.append([event]) == [Ack.STORED]
-            assert store.get(["u0"])["u0"].size == place + 1
-
-    def test_states_are_those_of_one_clean_fold(self, store: OnlineStore) -> None:
-        made = events()
-        store.append(made)
-        states = store.get(["u0", "u1", "u2"])
-        for user, state in states.items():
-            check_same(state, clean(made, user))
-
-    def test_an_unknown_user_has_an_empty_state(self, store: OnlineStore) -> None:
-        assert store.get([]) == {}
-        check_same(store.get(["nobody"])["nobody"], FOLDER.empty("nobody"))
-        assert store.history("nobody") == []
-        assert store.append([]) == []
-
-    @pytest.mark.parametrize("seed", range(4))
-    def test_repeated_shuffled_and_late_events_change_nothing(self, store: OnlineStore, seed: int) -> None:
-        made = events(seed=seed)
-        arriving = made * 5
-        random.Random(seed).shuffle(arriving)
-        acks = []
-        while arriving:
-            acks += store.append(arriving[:7])
-            arriving = arriving[7:]
-        assert acks.count(Ack.STORED) == len(made)
-        for user in ("u0", "u1", "u2"):
-            check_same(store.get([user])[user], clean(made, user))
-
-    def test_the_first_of_two_events_with_one_id_counts(self, store: OnlineStore) -> None:
-        first = Event("e", "u", "cup", "purchase", T0)
-        assert store.append([first, replace(first, item_id="dish", timestamp=T0 + 5)]) == [Ack.STORED, Ack.DUPLICATE]
-        assert store.append([replace(first, item_id="egg")]) == [Ack.DUPLICATE]
-        assert store.history("u") == [first]
-
-    def test_the_same_id_of_another_user_is_another_event(self, store: OnlineStore) -> None:
-        first = Event("e", "u", "cup", "purchase", T0)
-        assert store.append([first, replace(first, user_id="v")]) == [Ack.STORED, Ack.STORED]
-
-    def test_history_keeps_everything_in_order(self, store: OnlineStore) -> None:
-        full = Event("b", "ü/{x}:☃", "cup", "purchase", T0, 2.0, 8.5, "s1", "r1", {"device": "phone", "deep": [1, None, "é"]})
-        made = [replace(full, event_id="a", timestamp=T0 + 1), full, replace(full, event_id="c"), replace(full, event_id="B")]
-        store.append(made)
-        assert store.history(full.user_id) == [made[3], made[1], made[2], made[0]]
-
-    def test_deleting_a_user_leaves_the_others(self, store: OnlineStore) -> None:
-        made = events()
-        store.append(made)
-        count = sum(event.user_id == "u0" for event in made)
-        assert store.delete("u0") == count
-        assert store.delete("u0") == 0
-        assert store.history("u0") == []
-        assert store.get(["u0"])["u0"].size == 0
-        check_same(store.get(["u1"])["u1"], clean(made, "u1"))
-        store.append(made[:9])
-        check_same(store.get(["u0"])["u0"], clean(made[:9], "u0"))
-
-    def test_backfill_is_append_and_may_be_repeated(self, store: OnlineStore) -> None:
-        made = [replace(event, context={}) for event in events(60)]
-        store.append(made[::7])
-        assert store.backfill(table(made)) == 60 - len(made[::7])
-        assert store.backfill(table(made)) == 0
-        for user in ("u0", "u1", "u2"):
-            check_same(store.get([user])[user], clean(made, user))
-            assert sorted(store.history(user), key=lambda event: event.order) == store.history(user)
-
-    def test_other_features_are_folded_from_the_log_when_read(self, store: OnlineStore, again: Callable[[Folder], OnlineStore]) -> None:
-        made = events()
-        store.append(made[:30])
-        for _ in range(2):  # the second time it is found
-            check_same(store.get(["u0"], OTHER)["u0"], clean(made[:30], "u0", OTHER))
-        store.append(made[30:])
-        check_same(store.get(["u0"], OTHER)["u0"], clean(made, "u0", OTHER))
-        other = again(OTHER)
-        check_same(other.get(["u1"])["u1"], clean(made, "u1", OTHER))
-        other.append([replace(made[0], event_id="new", user_id="u1", timestamp=T0 + 50 * DAY)])
-        assert store.get(["u1"])["u1"].size == clean(made, "u1").size + 1
-        other.close()
-
-    def test_adopting_other_features(self, store: OnlineStore) -> None:
-        made = events()
-        store.append(made[:20])
-        store.adopt(OTHER)
-        store.append(made[20:])
-        check_same(store.get(["u2"])["u2"], clean(made, "u2", OTHER))
-
-    def test_an_invalid_event_stores_nothing_of_its_call(self, store: OnlineStore) -> None:
-        good = Event("e", "u", "cup", "purchase", T0)
-        wrong = {
-            "event_id": "", "user_id": "a\nb", "item_id": "x" * 257, "event": "buy", "timestamp": -1, "value": float("nan"), "price": 1e30,
-            "context": {"much": "x" * 9000},
-        }  # fmt: skip
-        for name, value in wrong.items():
-            with pytest.raises(DataError):
-                store.append([good, replace(good, **{"event_id": "f", name: value})])
-            assert store.history("u") == []
-
-    def test_many_threads_lose_and_repeat_nothing(self, store: OnlineStore) -> None:
-        made = events(160, users=4, seed=9)
-        acks: list[Ack] = []
-        lock = threading.Lock()
-
-        def work(part: list[Event]) -> None:
-            for event in part:
-                ack = store.append([event])
-                store.get([event.user_id])
-                with lock:
-                    acks.extend(ack)
-
-        threads = [threading.Thread(target=work, args=(made[place::8] + made[:5],)) for place in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert acks.count(Ack.STORED) == len(made)
-        assert acks.count(Ack.DUPLICATE) == 8 * 5
-        for user in ("u0", "u1", "u2", "u3"):
-            check_same(store.get([user])[user], clean(made, user))
-
-    def test_two_stores_on_the_same_data(self, store: OnlineStore, again: Callable[[Folder], OnlineStore]) -> None:
-        made = events(80, seed=4)
-        second = again(FOLDER)
-        parts = [(store, made[::2]), (second, made[1::2])]
-        threads = [threading.Thread(target=lambda s=s, part=part: [s.append([event]) for event in part]) for s, part in parts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for user in ("u0", "u1", "u2"):
-            check_same(store.get([user])[user], clean(made, user))
-            check_same(second.get([user])[user], clean(made, user))
-        second.close()
+def check_nothing_lost(store: OnlineStore, told: dict[str, int]) -> None:
+    """Every acknowledged event is there, none twice, and the states are those of what is there."""
+    users = ("u0", "u1", "u2")
+    found = [event for user in users for event in store.history(user)]
+    ids = [event.event_id for event in found]
+    assert len(ids) == len(set(ids))
+    assert {f"{name}{number:06d}" for name, count in told.items() for number in range(count)} <= set(ids)
+    for user in users:
+        check_same(store.get([user])[user], clean(found, user))
 
 
 class TestSqlite(StoreSuite):
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[SqliteStore]:
-        store = SqliteStore(tmp_path / "store.db", FOLDER)
-        yield store
-        store.close()
+    def new_place(self, tmp_path: Path) -> Callable[[], Callable[[Folder], SqliteStore]]:
+        numbers = itertools.count()
 
-    @pytest.fixture
-    def again(self, tmp_path: Path) -> Callable[[Folder], SqliteStore]:
-        return lambda folder: SqliteStore(tmp_path / "store.db", folder)
+        def make() -> Callable[[Folder], SqliteStore]:
+            path = tmp_path / f"store{next(numbers)}.db"
+            return lambda folder: SqliteStore(path, folder)
+
+        return make
 
     def test_it_is_written_through_to_disk(self, store: SqliteStore) -> None:
         assert store._file.writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -297,78 +151,80 @@ class TestSqlite(StoreSuite):
         assert store.prune([FOLDER]) == 2
         check_same(store.get(["u0"], OTHER)["u0"], clean(made, "u0", OTHER))
 
-    def test_a_killed_writer_loses_nothing_it_acknowledged(self, tmp_path: Path) -> None:
-        script = Path(__file__).with_name("store_writer.py")
-        for attempt in range(2):
-            path = tmp_path / f"killed{attempt}.db"
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            writer = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, env=environment)
-            assert writer.stdout is not None
-            acked = [int(writer.stdout.readline()) for _ in range(20 + attempt * 17)]
-            os.kill(writer.pid, signal.SIGKILL)
-            acked += [int(line) for line in writer.stdout.read().split(b"\n")[:-1]]
-            writer.wait()
-            store = SqliteStore(path, FOLDER)
-            found = [event.event_id for user in ("u0", "u1", "u2") for event in store.history(user)]
-            assert len(found) == len(set(found))
-            assert {f"e{number:06d}" for number in acked} <= set(found)
+    def test_killed_writers_lose_nothing_they_acknowledged(self, tmp_path: Path) -> None:
+        path = tmp_path / "killed.db"
+        told = write_and_kill(str(path), ["a", "b"], lambda writers: [writer.kill() for writer in writers])
+        store = SqliteStore(path, FOLDER)
+        check_nothing_lost(store, told)
+        store.close()
+
+    def test_reading_is_one_transaction_of_three_statements(self, store: SqliteStore) -> None:
+        made = sorted(events(60, users=5), key=lambda event: event.order)  # what comes late is another matter
+        store.append(made[:50])
+        users = [f"u{number}" for number in range(5)]
+        store.get(users)
+        store.append(made[50:])
+        statements: list[str] = []
+        store._file.reader().set_trace_callback(statements.append)
+        assert sum(state.size for state in store.get(users).values()) == 60
+        assert [statement.split()[0] for statement in statements] == ["BEGIN", "SELECT", "SELECT", "SELECT", "COMMIT"]
+
+    def test_states_not_refreshed_for_long_are_pruned(self, tmp_path: Path) -> None:
+        store = SqliteStore(tmp_path / "store.db", FOLDER, state_days=-1)
+        made = events()
+        store.append(made)
+        store.get(["u0", "u1"])
+        assert store.prune([FOLDER]) == 2
+        check_same(store.get(["u0"])["u0"], clean(made, "u0"))
+        store.close()
+
+    def test_a_file_of_the_first_version_keeps_its_events(self, tmp_path: Path) -> None:
+        made = events()
+        with sqlite3.connect(tmp_path / "old.db") as raw:
+            raw.execute(
+                "CREATE TABLE events (user_id TEXT NOT NULL, event_id TEXT NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL, "
+                "event TEXT NOT NULL, value REAL, price REAL, session_id TEXT, request_id TEXT, context TEXT, "
+                "PRIMARY KEY (user_id, event_id)) WITHOUT ROWID"
+            )
+            raw.execute("CREATE TABLE users (user_id TEXT PRIMARY KEY, revision TEXT NOT NULL) WITHOUT ROWID")
+            raw.execute("CREATE TABLE states (user_id TEXT NOT NULL, digest TEXT NOT NULL, blob BLOB NOT NULL)")
+            raw.execute("CREATE TABLE counter (one INTEGER PRIMARY KEY CHECK (one = 1), value INTEGER NOT NULL)")
+            raw.execute("INSERT INTO counter VALUES (1, 9)")
+            rows = [(e.user_id, e.event_id, e.timestamp, e.item_id, e.event, e.value, e.price, None, None, None) for e in made]
+            raw.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            raw.execute("PRAGMA user_version=1")
+        for _ in range(2):
+            store = SqliteStore(tmp_path / "old.db", FOLDER)
+            assert store.append(made[:3]) == [Ack.DUPLICATE] * 3
             for user in ("u0", "u1", "u2"):
-                check_same(store.get([user])[user], clean(store.history(user), user))
+                check_same(store.get([user])[user], clean(made, user))
             store.close()
-
-
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
-    """Starts a Redis of one's own on a free port, by append-only policy."""
-    require("redis", shutil.which("redis-server") is not None, "there is no redis-server; install the Debian package redis-server")
-    running: dict[tuple[str, str], tuple[int, subprocess.Popen[bytes]]] = {}
-
-    def start(append_only: str = "yes", policy: str = "always") -> int:
-        if (append_only, policy) not in running:
-            port = free_port()
-            folder = tmp_path_factory.mktemp("redis")
-            settings = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-            settings += ["--appendonly", append_only, "--appendfsync", policy]
-            process = subprocess.Popen(["redis-server", *settings], stdout=subprocess.DEVNULL)
-            running[append_only, policy] = (port, process)
-            deadline = time.monotonic() + 20
-            while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                assert process.poll() is None and time.monotonic() < deadline, "redis-server did not start"  # noqa: PT018
-                time.sleep(0.02)
-        return running[append_only, policy][0]
-
-    yield start
-    for _, process in running.values():
-        process.terminate()
-        process.wait()
 
 
 class TestRedis(StoreSuite):
     @pytest.fixture
-    def again(self, redis_port: Callable[..., int], tmp_path: Path) -> Callable[[Folder], RedisStore]:
-        return lambda folder: RedisStore(f"redis://127.0.0.1:{redis_port()}/0", folder, prefix=tmp_path.name)
+    def new_place(self, redis_server: RedisServer, tmp_path: Path) -> Callable[[], Callable[[Folder], RedisStore]]:
+        numbers = itertools.count()
 
-    @pytest.fixture
-    def store(self, again: Callable[[Folder], RedisStore]) -> Iterator[RedisStore]:
-        store = again(FOLDER)
-        yield store
-        store.close()
+        def make() -> Callable[[Folder], RedisStore]:
+            prefix = f"{tmp_path.name}[{next(numbers)}]*"
+            return lambda folder: RedisStore(redis_server.url, folder, prefix=prefix)
 
-    def test_a_redis_that_may_lose_events_is_refused(self, redis_port: Callable[..., int]) -> None:
-        with pytest.raises(ConfigError, match="no append-only file"):
-            RedisStore(f"redis://127.0.0.1:{redis_port('no', 'no')}/0", FOLDER)
-        with pytest.raises(ConfigError, match="everysec"):
-            RedisStore(f"redis://127.0.0.1:{redis_port('yes', 'everysec')}/0", FOLDER)
-        RedisStore(f"redis://127.0.0.1:{redis_port('no', 'no')}/0", FOLDER, durable=False).close()
+        return make
 
-    def test_reading_is_one_round_trip(self, store: RedisStore) -> None:
-        store.append(events())
+    def test_a_redis_that_may_lose_events_is_refused(self, tmp_path: Path) -> None:
+        for append_only, policy, why in (("no", "no", "no append-only file"), ("yes", "everysec", "everysec")):
+            server = RedisServer(tmp_path, append_only, policy)
+            with pytest.raises(ConfigError, match=why):
+                RedisStore(server.url, FOLDER)
+            RedisStore(server.url, FOLDER, durable=False).close()
+            server.stop()
+
+    def test_reading_and_appending_are_one_round_trip(self, store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = sorted(events(60, users=5), key=lambda event: event.order)  # what comes late is another matter
+        users = [f"u{number}" for number in range(5)]
+        store.append(made[:50])
+        store.get(users)
         trips = 0
         send = redis.connection.Connection.send_packed_command
 
@@ -377,12 +233,42 @@ class TestRedis(StoreSuite):
             trips += 1
             return send(self, *args, **kwargs)
 
-        try:
-            redis.connection.Connection.send_packed_command = counted
-            assert {state.size > 0 for state in store.get(["u0", "u1", "u2"]).values()} == {True}
-        finally:
-            redis.connection.Connection.send_packed_command = send
+        monkeypatch.setattr(redis.connection.Connection, "send_packed_command", counted)
+        store.append(made[50:])
         assert trips == 1
+        assert sum(state.size for state in store.get(users).values()) == 60
+        assert trips == 2
+
+    def test_states_expire_and_come_back(self, redis_server: RedisServer, tmp_path: Path) -> None:
+        store = RedisStore(redis_server.url, FOLDER, prefix=tmp_path.name, state_days=0.0)  # a second, the shortest there is
+        made = events()
+        store.append(made)
+        store.get(["u0"])
+        state = f"{store._stem('u0')}:state:{FOLDER.digest}"
+        assert 0 < store._link.client.pttl(state) <= 1000
+        store._link.client.pexpire(state, 0)
+        for _ in range(2):
+            check_same(store.get(["u0"])["u0"], clean(made, "u0"))
+        store.close()
+
+    def test_a_killed_server_loses_nothing_it_acknowledged(self, tmp_path: Path) -> None:
+        server = RedisServer(tmp_path)
+        store = RedisStore(server.url, FOLDER)
+        told = write_and_kill(server.url, ["a", "b"], lambda _: server.kill())
+        with pytest.raises(ServeError):
+            store.get(["u0"])
+        server.start()
+        check_nothing_lost(store, told)  # the store of before connects again
+        store.merge(["u1"], "u0")
+        store.delete("u2", block=True)
+        store.describe("u0", {"age": 3})
+        server.kill()
+        server.start()
+        assert store.aliases("u0") == ["u0", "u1"]
+        assert store.append([events(1)[0], Event("x", "u2", "cup", "view", T0)])[1] == Ack.DELETED
+        assert store.attributes("u0") == {"age": 3}
+        store.close()
+        server.stop()
 
     def test_damaged_and_foreign_states_are_folded_again(self, store: RedisStore) -> None:
         made = events()
