@@ -39,6 +39,7 @@ from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluat
 from maple.evaluate.metrics import LIST_LEVEL
 from maple.evaluate.splitting import evaluate_split
 from maple.features.build import FeatureArtifact
+from maple.features.extras import Extras
 from maple.features.spec import FeatureSpec
 from maple.hashing import combine, rng
 from maple.models.base import FitContext
@@ -80,6 +81,10 @@ class Material:
     @property
     def spec(self) -> FeatureSpec:
         return self.built.spec
+
+    def extras(self, cut: Boundaries) -> Extras:
+        """What the features beside the folds are made from, for a fit on the events before ``cut.t2``."""
+        return Extras.fit(self.data.before(cut.t2), self.spec, until=cut.t1, content=self.built.content())
 
 
 def tune(config: RunConfig, say: Say) -> StepResult:
@@ -162,8 +167,9 @@ def _rows(config: RunConfig, material: Material, settings: PipelineSettings, say
     known = material.data.before(material.cut.t2)
     early, _ = fit_sources(known.before(material.cut.t1), settings, material.ctx, lambda text: say(f"before T1: {text}"))
     made = ranker_rows(
-        known, early, settings, material.spec, material.cut, config.rows, timeline=material.built.timeline(), seed=config.seed, say=say
-    )
+        known, early, settings, material.spec, material.cut, config.rows, timeline=material.built.timeline(),
+        extras=material.extras(material.cut), seed=config.seed, say=say,
+    )  # fmt: skip
     data = tensor_bytes({f"column/{name}": array for name, array in made.columns.items()} | {"labels": made.labels, "groups": made.groups})
     seal(folder, "rows", asked, [write_file(folder, "rows.safetensors", data, len(made))])
     return made
@@ -176,7 +182,7 @@ def train(config: RunConfig, say: Say) -> StepResult:
     rows = _rows(config, material, settings, say) if settings.ranker is not None else None
     fitted = fit_pipeline(
         material.data, settings, cut, fingerprint=material.snapshot.digest, spec=material.spec, timeline=material.built.timeline(),
-        rows=rows, ctx=material.ctx, say=say,
+        extras=material.extras(cut), rows=rows, ctx=material.ctx, say=say,
     )  # fmt: skip
     digest = fitted.bundle.save(material.home)
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{digest[:8]}"

@@ -44,8 +44,8 @@ def publish(config: RunConfig, say: Say) -> StepResult:
     cut = Boundaries(run.cut.t2, end, run.cut.gap)
     fitted = fit_pipeline(
         material.data, _published_settings(config, run.bundle.settings), cut, fingerprint=material.snapshot.digest, spec=material.spec,
-        timeline=material.built.timeline(), row_settings=config.rows, early=run.bundle.parts.sources, metrics=metrics,
-        ctx=material.ctx, say=say,
+        timeline=material.built.timeline(), extras=material.extras(cut), row_settings=config.rows, early=run.bundle.parts.sources,
+        metrics=metrics, ctx=material.ctx, say=say,
     )  # fmt: skip
     digest = fitted.bundle.save(material.home)
     tracking = Tracking.open(material.home)

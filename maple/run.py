@@ -15,6 +15,7 @@ from maple.data.ingest import ROWS_PER_BUCKET
 from maple.data.kcore import KCore
 from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
+from maple.features.spec import FeatureSpec
 from maple.models.content.items import ContentSettings
 from maple.recommend.settings import PipelineSettings, default_settings
 from maple.serve.settings import StoreSettings
@@ -91,6 +92,7 @@ class RunConfig(Section):
     k_core: KCore = KCore()  # of what is learned from and measured; features know all events
     split: SplitSettings = TimeSplit()  # training wants one by time; `maple evaluate` measures the sources under any other
     content: dict[str, ContentSettings] = Field(default_factory=dict)  # item vectors from texts, images or files, by name
+    features: FeatureSpec = FeatureSpec()  # views, half-lives, attributes, context; the history limit is the pipeline's
     pipeline: PipelineSettings | None = None  # default: all six sources and DCN-v2; repeats where purchases are the targets
     rows: RowSettings = RowSettings()
     tune: TuneSettings = TuneSettings()

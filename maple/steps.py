@@ -62,7 +62,7 @@ def features(config: RunConfig, say: Say) -> StepResult:
 
 
 def _spec(config: RunConfig, snapshot: Snapshot) -> FeatureSpec:
-    return FeatureSpec(history_limit=config.pipeline_for(snapshot.targets).history_limit)
+    return config.features.with_(history_limit=config.pipeline_for(snapshot.targets).history_limit)
 
 
 Step = Callable[[RunConfig, Say], StepResult]

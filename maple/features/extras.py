@@ -51,7 +51,7 @@ class Extras:
 
     encoding: Encoding = NOTHING
     items: Mapping[str, Array] = field(default_factory=dict)
-    content: Mapping[str, ItemContent] = NO_CONTENT
+    content: Mapping[str, ItemContent] = field(default_factory=dict)
     together: Source | None = None
     last: int = LAST_ITEMS
     newer: Mapping[str, Array] = field(default_factory=dict)
@@ -135,6 +135,11 @@ class Extras:
             return self
         return replace(self, together=self.together.at(int(self.together.closed(np.array([now]))[0])))
 
+    def plain(self) -> dict[str, Any]:
+        """What is not an array, JSON-ready."""
+        content = {name: dict(each.plain) for name, each in self.content.items()}
+        return {"encoding": self.encoding.plain(), "content": content, "together": self.together is not None, "last": self.last}
+
     def tensors(self) -> dict[str, Array]:
         """The arrays but for content, which has a file of its own; ``from_tensors`` is the inverse. Only of what ``at`` gave."""
         out = {f"item/{name}": column for name, column in self.items.items()}
@@ -144,20 +149,17 @@ class Extras:
         return out
 
     @staticmethod
-    def from_tensors(
-        arrays: Mapping[str, Array], encoding: Encoding, spec: FeatureSpec, num_items: int, content: Mapping[str, ItemContent] = NO_CONTENT
-    ) -> Extras:
-        """The extras again; ``ArtifactError`` if the arrays do not fit."""
+    def from_tensors(plain: Mapping[str, Any], arrays: Mapping[str, Array], num_items: int, content: Mapping[str, ItemContent]) -> Extras:
+        """The extras again, from ``plain``, ``tensors`` and the content; ``ArtifactError`` if they do not fit each other."""
+        encoding = Encoding.of(plain["encoding"])
         items = {name.removeprefix("item/"): array for name, array in arrays.items() if name.startswith("item/")}
-        wanted = [name for each in encoding.item for name in each.names("item.attribute")]
-        if sorted(items) != sorted(wanted) or any(
-            len(column) != num_items for column in (*items.values(), *(each.vectors for each in content.values()))
-        ):
-            raise ArtifactError("the item attributes or vectors of the bundle do not fit its catalogue; publish the bundle again")
-        if spec.together is None:
-            return Extras(encoding, items, content)
+        wanted = {name for each in encoding.item for name in each.names("item.attribute")}
+        columns = [*items.values(), *(each.vectors for each in content.values())]
+        if items.keys() != wanted or any(len(column) != num_items for column in columns):
+            raise ArtifactError(f"the item attributes or vectors are not those of {num_items} items; publish the bundle again")
         lists = {name.removeprefix("together/"): array for name, array in arrays.items() if name.startswith("together/")}
-        return Extras(encoding, items, content, Lists.from_tensors(lists, num_items), spec.together.last)
+        source = Lists.from_tensors(lists, num_items) if plain["together"] else None
+        return Extras(encoding, items, content, source, int(plain["last"]))
 
 
 #: Of a bundle without any.

@@ -1,9 +1,9 @@
 """A release: retrievers, ranker, settings, catalogue, feature spec and popularity, immutable and identified by its content.
 
 On disk ``bundles/<digest>/`` holds ``pipeline.yaml``, ``items.arrow``, ``space.safetensors``, ``features.safetensors``,
-``models/<source>.safetensors``, ``ranker.safetensors`` and, written last, ``manifest.json``. Loading checks every digest,
-builds models only from the catalogue's classes, and asks canary queries whose answers were stored: a bundle that answers
-differently on this machine is refused. Arrays are memory-mapped where the files are local.
+``extras.safetensors``, ``content/<name>.safetensors``, ``models/<source>.safetensors``, ``ranker.safetensors`` and, written last,
+``manifest.json``. Loading checks every digest, builds models only from the catalogue's classes, and asks canary queries whose
+answers were stored: a bundle that answers differently on this machine is refused. Arrays are memory-mapped where the files are local.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from maple.artifacts import (
 from maple.data.dataset import Dataset, Float32, Int32, Vocab
 from maple.errors import ArtifactError, ConfigError, MapleError, ServeError
 from maple.features.catalogue import Catalogue
+from maple.features.content import ItemContent
+from maple.features.extras import NO_EXTRAS, Extras
 from maple.features.folder import Folder, Rows
 from maple.features.spec import FeatureSpec
 from maple.features.states import ItemColumnsReader, UserState
@@ -76,10 +78,11 @@ class Recommendation:
 
 @dataclass(frozen=True, eq=False)
 class ItemFeatures:
-    """The feature spec and the item features at the last closed tick, float32[I] per name."""
+    """The feature spec, the item features at the last closed tick, float32[I] per name, and what the columns beside the folds need."""
 
     spec: FeatureSpec
     columns: Mapping[str, Float32]
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,8 @@ class Bundle:
             files["ranker.safetensors"] = tensor_bytes(parts.ranker.state())
         if self.features is not None:
             files["features.safetensors"] = tensor_bytes(self.features.columns)
+            files["extras.safetensors"] = tensor_bytes(self.features.extras.tensors())
+            files |= {f"content/{name}.safetensors": content.to_bytes() for name, content in self.features.extras.content.items()}
         return files
 
     def _meta(self) -> dict[str, Any]:
@@ -199,6 +204,7 @@ class Bundle:
             "versions": dict(self.about.versions),
             "needs": {name: sorted(need.value for need in model.needs) for name, model in parts.sources.items()},
             "feature_spec": None if self.features is None else self.features.spec.plain(),
+            "feature_extras": None if self.features is None else self.features.extras.plain(),
             "ranker_columns": list(parts.ranker_columns),
             "canaries": [canary.plain() for canary in self.canaries],
         }
@@ -218,7 +224,12 @@ class Bundle:
         """The feature side of serving: user states in the queries, item features of this bundle."""
         if self.features is None:
             return None
-        return StateFeatures(self.features.spec, self.catalogue, self.item_reader)
+        return StateFeatures(self.features.spec, self.catalogue, self.item_reader, self.extras)
+
+    @cached_property
+    def extras(self) -> Extras:
+        """What the columns beside the folds are made from."""
+        return NO_EXTRAS if self.features is None else self.features.extras
 
     @cached_property
     def item_reader(self) -> ItemColumnsReader:
@@ -250,6 +261,7 @@ class Bundle:
         exclude: Sequence[str] = (),
         filters: Mapping[str, Any] | None = None,
         context: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, Any] | None = None,
         request_id: str = "",
     ) -> Query:
         """A request in this bundle's codes. ``history``: (item id, event name, microseconds), any order; the last ``history_limit`` count.
@@ -268,6 +280,7 @@ class Bundle:
             event_codes(name for _, name, _ in events),
             np.array([at for _, _, at in events], dtype=np.int64),
             now, k, state,
+            attributes=dict(attributes or {}),
             context=dict(context or {}),
             exclude=self.space.items.encode(list(exclude)),
             filters=dict(filters or {}),
@@ -510,7 +523,12 @@ def _build(folder: Place, manifest: Manifest, files: Mapping[str, memoryview]) -
     features = None
     if meta["feature_spec"] is not None:
         spec = FeatureSpec.parse(meta["feature_spec"], f"{folder.uri}: feature spec")
-        features = ItemFeatures(spec, tensors(files["features.safetensors"]))
+        told = meta["feature_extras"]
+        content = {
+            name: ItemContent.from_tensors(plain, tensors(files[f"content/{name}.safetensors"])) for name, plain in told["content"].items()
+        }  # fmt: skip
+        extras = Extras.from_tensors(told, tensors(files["extras.safetensors"]), len(table), content)
+        features = ItemFeatures(spec, tensors(files["features.safetensors"]), extras)
     parts = Parts(settings, space, sources, arrays["popular"], ranker, tuple(meta["ranker_columns"]))
     about = About(meta["data"], meta["metrics"], meta["versions"])
     return Bundle(parts, about, features, tuple(Canary.of(plain) for plain in meta["canaries"]))

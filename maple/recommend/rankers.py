@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from maple.data.dataset import Int32, Int64
 from maple.errors import ArtifactError
 from maple.features.catalogue import Catalogue
+from maple.features.extras import NO_EXTRAS, Extras, Requests
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.states import ItemColumnsReader, StateLayout, StateReader, empty_state, hydrate
 from maple.models.base import Array, Ranker
-from maple.recommend.engine import Candidates, Query, StageError
+from maple.recommend.engine import Candidates, Query, StageError, batch
 
 
 class FeatureHydrator(Protocol):
@@ -34,27 +35,36 @@ class FeatureHydrator(Protocol):
 
 
 class StateFeatures:
-    """Features at request time: each query's folded user state (a user without one has no events), and stored item features."""
+    """Features at request time: each query's folded user state (a user without one has no events), and stored item features.
 
-    def __init__(self, spec: FeatureSpec, catalogue: Catalogue, items: ItemColumnsReader) -> None:
-        self.names = spec.columns
-        self._reader, self._items, self._layout = StateReader(spec, catalogue), items, StateLayout(spec)
+    What a query says of its user goes before the attributes that the state has."""
+
+    def __init__(self, spec: FeatureSpec, catalogue: Catalogue, items: ItemColumnsReader, extras: Extras = NO_EXTRAS) -> None:
+        self.names = (*spec.columns, *extras.names)
+        self._reader, self._items, self._layout, self._extras = StateReader(spec, catalogue), items, StateLayout(spec), extras
 
     def columns(self, queries: Sequence[Query], offsets: Int64, items: Int32) -> Mapping[str, Array]:
         states = [empty_state(query.user, self._layout) if query.state is None else query.state for query in queries]
-        return hydrate(self._reader, self._items, states, _moments(queries), offsets, items)
+        attributes = [{**state.attributes, **query.attributes} for state, query in zip(states, queries, strict=True)]
+        folded = hydrate(self._reader, self._items, states, _moments(queries), offsets, items)
+        return folded | self._extras.columns(_requests(queries, attributes), offsets, items)
 
 
 class LogFeatures:
     """Features of any past moment: users by their id in a data set's log, which is read strictly before each query's ``now``."""
 
-    def __init__(self, reader: LogReader, items: ItemColumnsReader) -> None:
-        self.names = reader.spec.columns
-        self._reader, self._items = reader, items
+    def __init__(self, reader: LogReader, items: ItemColumnsReader, extras: Extras = NO_EXTRAS) -> None:
+        self.names = (*reader.spec.columns, *extras.names)
+        self._reader, self._items, self._extras = reader, items, extras
 
     def columns(self, queries: Sequence[Query], offsets: Int64, items: Int32) -> Mapping[str, Array]:
         users = self._reader.data.users.encode([query.user for query in queries])
-        return hydrate(self._reader, self._items, users, _moments(queries), offsets, items)
+        folded = hydrate(self._reader, self._items, users, _moments(queries), offsets, items)
+        return folded | self._extras.columns(_requests(queries, [query.attributes for query in queries]), offsets, items)
+
+
+def _requests(queries: Sequence[Query], attributes: Sequence[Mapping[str, Any]]) -> Requests:
+    return Requests(_moments(queries), batch(queries).histories, [query.context for query in queries], attributes)
 
 
 def _moments(queries: Sequence[Query]) -> Int64:

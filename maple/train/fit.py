@@ -14,9 +14,10 @@ from maple.data.dataset import Dataset, Int32
 from maple.data.splits import Boundaries
 from maple.errors import DataError
 from maple.evaluate.harness import Recommend, Relevant
+from maple.features.extras import NO_EXTRAS, Extras
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.ticks import ItemReader, ItemTimeline, StoredItems
+from maple.features.ticks import ItemReader, ItemTimeline
 from maple.hashing import rng
 from maple.index import tie_ranks
 from maple.models.base import FitContext, Mask, Metrics, QueryBatch, Ranker, Retriever, Space
@@ -26,7 +27,7 @@ from maple.recommend.bundle import Bundle, ItemFeatures
 from maple.recommend.engine import Candidates, Pipeline
 from maple.recommend.rankers import LogFeatures
 from maple.recommend.settings import PipelineSettings
-from maple.train.rows import Rows, RowSettings, batches_of, gather, queries_at, rows_of, targets_after
+from maple.train.rows import Rows, RowSettings, batches_of, contexts_of, gather, queries_at, rows_of, targets_after
 
 BATCH = 128  # queries hydrated at once: bounds memory to about 128 x max_candidates x columns x 4 bytes
 
@@ -67,17 +68,20 @@ def ranker_rows(
     rows: RowSettings,
     *,
     timeline: ItemTimeline | None = None,
+    extras: Extras | None = None,
     seed: int = 0,
     say: Say = print,
 ) -> Rows:
     """What the ranker learns from: candidates of ``sources`` (fitted before ``cut.t1``) for the users of [t1, t2), with features at t1."""
     early = Parts(settings, Space.of(data), sources, _popular(data.before(cut.t1), settings))
-    pipeline = offline_pipeline(early, data.before(cut.t2), spec, timeline)
+    known = data.before(cut.t2)
+    pipeline = offline_pipeline(early, known, spec, timeline, Extras.fit(known, spec, until=cut.t1) if extras is None else extras)
     random = rng(seed, "ranker rows")
     relevant = targets_after(data, cut.t1, cut.t2, new_only=not settings.repeats, settings=rows, rng=random, gap=cut.gap)
     parts: list[Rows] = []
     for users, offsets, items in batches_of(relevant, BATCH):
-        queries = queries_at(data, users, cut.t1, history_limit=settings.history_limit)
+        contexts = contexts_of(known, users, cut.t1, cut.t2)
+        queries = queries_at(data, users, cut.t1, history_limit=settings.history_limit, contexts=contexts)
         candidates = pipeline.run_segment("retrieve", queries, Candidates.empty(len(queries))).candidates
         candidates = pipeline.run_segment("rank", queries, candidates).candidates
         parts.append(rows_of(candidates, offsets, items, rows.negatives, random))
@@ -119,6 +123,7 @@ def fit_pipeline(
     fingerprint: str,
     spec: FeatureSpec | None = None,
     timeline: ItemTimeline | None = None,
+    extras: Extras | None = None,
     row_settings: RowSettings | None = None,
     rows: Rows | None = None,
     early: Mapping[str, Retriever] | None = None,
@@ -128,12 +133,14 @@ def fit_pipeline(
 ) -> Fitted:
     """Fit everything on the events before ``cut.t2``; later events are never read.
 
-    ``timeline``: item features built before (they are read strictly before each moment). ``rows``: ranker rows made before for the
+    ``timeline``: item features built before (they are read strictly before each moment). ``extras``: those of the events before T1, which
+    ``rows`` were made with. ``rows``: ranker rows made before for the
     same data, cut and sources. ``early``: sources fitted before T1 already. ``metrics``: what the bundle says of its quality.
     """
     ctx = ctx or FitContext()
     spec = spec or FeatureSpec(history_limit=settings.history_limit)
     known = data.before(cut.t2)
+    extras = Extras.fit(known, spec, until=cut.t1) if extras is None else extras
     told: dict[str, Metrics] = {}
     ranker: Ranker | None = None
     if settings.ranker is not None:
@@ -141,13 +148,13 @@ def fit_pipeline(
             if early is None:
                 early, _ = fit_sources(known.before(cut.t1), settings, ctx, lambda text: say(f"before T1: {text}"))
             rows = ranker_rows(
-                known, early, settings, spec, cut, row_settings or RowSettings(), timeline=timeline, seed=ctx.seed, say=say
+                known, early, settings, spec, cut, row_settings or RowSettings(), timeline=timeline, extras=extras, seed=ctx.seed, say=say
             )  # fmt: skip
         say(f"fitting the ranker on {rows.describe()}")
         ranker, told["ranker"] = fit_ranker(rows, settings, ctx, say)
     sources, own = fit_sources(known, settings, ctx, lambda text: say(f"before T2: {text}"))
     timeline = timeline or ItemTimeline.from_data(known, spec)
-    items = ItemFeatures(spec, timeline.read(int(timeline.closed(np.int64(cut.t2)))))  # type: ignore[arg-type]
+    items = ItemFeatures(spec, timeline.read(int(timeline.closed(np.int64(cut.t2)))), extras.at(cut.t2))  # type: ignore[arg-type]
     bundle = Bundle.assemble(
         settings, known, sources, fingerprint=fingerprint, ranker=ranker,
         ranker_columns=tuple(sorted(rows.columns)) if rows is not None else (), features=items, metrics=metrics,
@@ -155,24 +162,27 @@ def fit_pipeline(
     return Fitted(bundle, cut, rows, told | own)
 
 
-def offline_pipeline(parts: Parts, data: Dataset, spec: FeatureSpec, timeline: ItemTimeline | None = None) -> Pipeline:
+def offline_pipeline(
+    parts: Parts, data: Dataset, spec: FeatureSpec, timeline: ItemTimeline | None = None, extras: Extras = NO_EXTRAS
+) -> Pipeline:
     """The served pipeline over users of a log, read strictly before each query's moment."""
     items = ItemReader(timeline or ItemTimeline.from_data(data, spec))
-    return pipeline_of(parts, features=LogFeatures(LogReader(data, spec), items))
+    return pipeline_of(parts, features=LogFeatures(LogReader(data, spec), items, extras))
 
 
 def lists_of_pipeline(bundle: Bundle, data: Dataset, relevant: Relevant, now: int, k: int) -> Recommend:
     """The pipeline of a bundle as the harness asks it: lists int32[B, k] for rows of the test users, as of ``now``."""
     assert bundle.features is not None, "evaluation needs the bundle's feature spec"
     pipeline = pipeline_of(
-        bundle.parts, features=LogFeatures(LogReader(data.before(now), bundle.features.spec), StoredItems(bundle.features.columns))
+        bundle.parts, features=LogFeatures(LogReader(data.before(now), bundle.features.spec), bundle.item_reader, bundle.extras)
     )  # fmt: skip
 
     def recommend(rows: Int32) -> Int32:
         out = []
         for start in range(0, len(rows), BATCH):
             users = relevant.users[rows[start : start + BATCH]]
-            queries = queries_at(data, users, now, history_limit=bundle.settings.history_limit, k=k)
+            contexts = contexts_of(data, users, now, data.span[1] + 1)
+            queries = queries_at(data, users, now, history_limit=bundle.settings.history_limit, k=k, contexts=contexts)
             out.append(pipeline.run(queries).lists(k)[0])
         return np.concatenate(out)
 

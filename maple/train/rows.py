@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from maple.config import Section
 from maple.data.dataset import Dataset, Float32, Int32, Int64, ragged_take
 from maple.evaluate.harness import Relevant, relevant_of
+from maple.features.attributes import plain_rows
 from maple.models.base import Array
 from maple.recommend.engine import Candidates, Query
 
@@ -45,18 +47,39 @@ class Rows:
         return f"{len(self):,} rows of {len(np.unique(self.groups)):,} users, {int(self.labels.sum()):,} positive"
 
 
-def queries_at(data: Dataset, users: Int32, now: int, *, history_limit: int, k: int = 10) -> list[Query]:
-    """The users of a dataset as requests at ``now``: their last events strictly before it. Only the log before ``now`` is read."""
+def queries_at(
+    data: Dataset, users: Int32, now: int, *, history_limit: int, k: int = 10, contexts: Sequence[Mapping[str, str]] | None = None
+) -> list[Query]:
+    """The users of a dataset as requests at ``now``: their last events strictly before it, and their attributes. Only the log before
+    ``now`` is read. ``contexts``: what the requests say of their circumstances, see ``contexts_of``."""
     histories = data.histories(users, np.full(len(users), now, dtype=np.int64), history_limit)
     names = data.users.decode(users)
+    attributes = [held for _, held in plain_rows(data.user_table.take(pa.array(users)))]
     return [
         Query(
             user=names[row],
             items=histories.items[start:stop], events=histories.events[start:stop], times=histories.times[start:stop],
-            now=now, k=k,
+            now=now, k=k, attributes=attributes[row], context=contexts[row] if contexts is not None else {},
         )
         for row, (start, stop) in enumerate(zip(histories.offsets[:-1], histories.offsets[1:], strict=True))
     ]  # fmt: skip
+
+
+def contexts_of(data: Dataset, users: Int32, start: int, end: int) -> list[dict[str, str]]:
+    """What each user's first target event in [start, end) says of its circumstances (device, location, ...), which is what the request
+    that led to it would have said. Empty for a user without one."""
+    out: list[dict[str, str]] = [{} for _ in users]
+    log = data.log
+    rows = np.flatnonzero((log.time >= start) & (log.time < end) & np.isin(log.event, data.targets)) if data.contexts else np.empty(0, int)
+    owners, first = np.unique(log.user[rows], return_index=True)
+    place = np.searchsorted(owners, users)
+    has = np.flatnonzero(np.append(owners, -1)[place] == users)
+    for name, vocab in data.contexts.items():
+        codes = log.context[name][rows[first[place[has]]]]
+        known = codes >= 0
+        for row, value in zip(has[known].tolist(), vocab.decode(codes[known]), strict=True):
+            out[row][name] = value
+    return out
 
 
 def targets_after(

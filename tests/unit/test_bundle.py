@@ -17,6 +17,8 @@ from maple.artifacts import FileEntry, Place, manifest_of, seal, tensor_bytes, w
 from maple.config import Section
 from maple.data.dataset import Dataset, Float32, Int64
 from maple.errors import ArtifactError, ConfigError, ServeError
+from maple.features.content import ItemContent
+from maple.features.extras import Extras
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.ticks import ItemReader, ItemTimeline
@@ -91,18 +93,30 @@ def data() -> Dataset:
         "timestamp": pa.array(times, pa.timestamp("us", tz="UTC")),
         "value": pa.array(np.ones(events), pa.float32()),
         "price": pa.array(rng.random(events), pa.float32()),
+        "device": rng.choice(["app", "web"], events),
     }
     catalogue = {
         "item_id": [f"item {n}" for n in range(items)],
         "title": [None if n == 29 else f"Tea No. {n}" for n in range(items)],
         "category": [f"category {n % 5}" for n in range(items)],
         "available": [n != 3 for n in range(items)],
+        "weight": pa.array(rng.random(items), pa.float32()),
+        "launched": pa.array(START - rng.integers(0, 60 * DAY, items), pa.timestamp("us", tz="UTC")),
     }
-    return Dataset.from_tables(pa.table(log), pa.table(catalogue))
+    people = {"user_id": [f"user {n}" for n in range(users)], "age": rng.integers(18, 80, users), "club": rng.random(users) < 0.5}
+    return Dataset.from_tables(pa.table(log), pa.table(catalogue), pa.table(people))
 
 
 @pytest.fixture(scope="module")
-def made(data: Dataset) -> Bundle:
+def extras(data: Dataset) -> Extras:
+    vectors = np.random.default_rng(7).normal(size=(len(data.items), 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[4] = 0
+    return Extras.fit(data, SPEC, content={"text": ItemContent(vectors, {"encoder": "by hand"}, {"seed": np.array([7])})})
+
+
+@pytest.fixture(scope="module")
+def made(data: Dataset, extras: Extras) -> Bundle:
     settings = PipelineSettings.parse(PAGE, "test")
     sources: dict[str, Retriever] = {}
     for source in settings.sources:
@@ -112,7 +126,7 @@ def made(data: Dataset) -> Bundle:
         sources[source.name] = model
     timeline = ItemTimeline.from_data(data, SPEC)
     now = data.span[1] + 1
-    features = ItemFeatures(SPEC, timeline.read(int(timeline.closed(np.array([now]))[0])))
+    features = ItemFeatures(SPEC, timeline.read(int(timeline.closed(np.array([now]))[0])), extras.at(now))
     bare = Bundle.assemble(settings, data, sources, fingerprint="f" * 64, features=features, metrics={"ndcg@10": 0.25})
     pipeline = pipeline_of(bare.parts, features=bare.hydrator)
     queries = [bare.query("a", now=now, history=[("item 1", "purchase", now - DAY)])]
@@ -178,6 +192,7 @@ def test_no_bit_may_flip(made: Bundle, place: Place) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert {path.name for path in files} == {
         "manifest.json", "pipeline.yaml", "items.arrow", "space.safetensors", "features.safetensors", "ranker.safetensors",
+        "extras.safetensors", "text.safetensors",
         "mine.safetensors", "ease.safetensors", "popular.safetensors",
     }  # fmt: skip
     rng = np.random.default_rng(0)
@@ -316,10 +331,12 @@ def test_queries_in_the_bundles_codes(made: Bundle, data: Dataset) -> None:
         made.query("u", now=end, filters={"categroy": ["x"]})
 
 
-def test_served_features_are_the_logs_features(made: Bundle, data: Dataset) -> None:
-    """The same users through the log and through folded states: the whole pipeline answers alike."""
+def test_served_features_are_the_logs_features(made: Bundle, data: Dataset, extras: Extras, place: Place) -> None:
+    """The same users through the log and through folded states of the stored bundle: the whole pipeline answers alike."""
     now = data.span[1] + 1
-    logged = pipeline_of(made.parts, features=LogFeatures(LogReader(data, SPEC), ItemReader(ItemTimeline.from_data(data, SPEC))))
+    made = load(place, made.save(place))
+    hydrator = LogFeatures(LogReader(data, SPEC), ItemReader(ItemTimeline.from_data(data, SPEC)), extras)
+    logged = pipeline_of(made.parts, features=hydrator)
     users = np.arange(12, dtype=np.int32)
     histories = data.histories(users, np.full(12, now), 50)
     queries = []
@@ -327,17 +344,24 @@ def test_served_features_are_the_logs_features(made: Bundle, data: Dataset) -> N
         part = slice(histories.offsets[row], histories.offsets[row + 1])
         ids = data.items.decode(histories.items[part])
         names = ["view" if code == 0 else "purchase" for code in histories.events[part]]
-        queries.append(made.query(user, now=now, history=list(zip(ids, names, histories.times[part].tolist(), strict=True))))
+        history = list(zip(ids, names, histories.times[part].tolist(), strict=True))
+        query = made.query(user, now=now, history=history, context={"device": ["web", "app", "tv"][row % 3], "page": 1})
+        queries.append(replace(query, attributes={"age": 20 + row, "club": row % 2 == 0}))
     served, offline = made.pipeline().run(queries), logged.run(queries)
     # Prices and quantities are not part of a request's history, so only the features that need none of them are compared.
     assert served.offsets.tolist() == offline.offsets.tolist()
+    assert set(extras.names) < set(made.parts.ranker_columns)
     free = [name for name in made.parts.ranker_columns if "spend" not in name and "price" not in name and "basket" not in name]
     a, b = (one.run_segment("retrieve", queries, Candidates.empty(12)).candidates for one in (made.pipeline(), logged))
     assert a.items.tolist() == b.items.tolist()
     assert made.hydrator is not None
     mine = made.hydrator.columns(queries, a.offsets, a.items)
-    logs = LogFeatures(LogReader(data, SPEC), ItemReader(ItemTimeline.from_data(data, SPEC))).columns(queries, a.offsets, a.items)
-    assert mine.keys() == logs.keys() == set(SPEC.columns)
+    logs = hydrator.columns(queries, a.offsets, a.items)
+    assert set(mine) == set(logs) == set(made.hydrator.names) == set(hydrator.names) == {*SPEC.columns, *extras.names}
+    assert {"context.device", "user.attribute.age", "user.attribute.club", "user_item.together.count", "user_item.content.text",
+            "item.attribute.category", "item.attribute.weight", "item.attribute.launched", "item.content.text.3"} < set(mine)  # fmt: skip
+    for name in extras.names:
+        assert len(np.unique(mine[name][~np.isnan(mine[name])])) > 1, f"{name} says something"
     for name in free:
         if name in mine:
             np.testing.assert_allclose(mine[name], logs[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -352,12 +376,12 @@ def test_a_node_cache_is_filled_once_and_mended(made: Bundle, place: Place, tmp_
     monkeypatch.setattr(bundles, "write_file", lambda folder, name, data: (copied.append(name), write(folder, name, data))[1])
     cache = cache_locally(place, digest, tmp_path / "cache")
     assert load(Place.at(cache), digest).digest == digest
-    assert len(copied) == 8
+    assert len(copied) == 10
     cache_locally(place, digest, tmp_path / "cache")
-    assert len(copied) == 8
+    assert len(copied) == 10
     (cache / "bundles" / digest / "items.arrow").write_bytes(b"torn")
     cache_locally(place, digest, tmp_path / "cache")
-    assert len(copied) == 16
+    assert len(copied) == 20
     load(Place.at(cache), digest)
     load(place, digest)  # without a local path: read, not mapped
 

@@ -23,6 +23,7 @@ from maple.data.splits import Boundaries, split_of
 from maple.errors import DataError
 from maple.evaluate.harness import Relevant, relevant_of
 from maple.features.build import build_local
+from maple.features.extras import Extras
 from maple.features.spec import FeatureSpec
 from maple.features.store import Event
 from maple.features.store_sqlite import SqliteStore
@@ -284,7 +285,7 @@ def test_evaluated_lists_are_served_lists(data: Dataset, cut: Boundaries, tmp_pa
     np.testing.assert_array_equal(evaluated, served)
     # The same with scores, by the pipeline that also makes the ranker's rows.
     assert bundle.features is not None
-    pipeline = offline_pipeline(bundle.parts, known, bundle.features.spec)
+    pipeline = offline_pipeline(bundle.parts, known, bundle.features.spec, extras=Extras.fit(known, bundle.features.spec, until=cut.t1))
     asked = queries_at(data, relevant.users, cut.t2, history_limit=8, k=10)
     offline = pipeline.run(asked).lists(10)
     np.testing.assert_array_equal(offline[0], served)
