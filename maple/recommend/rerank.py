@@ -51,7 +51,7 @@ class Rerank:
         ties: Ties | None,
         new_vectors: Float32 | None = None,
     ) -> Rerank:
-        """From settings and the item table; ``ConfigError`` names a column that the items do not have. Vectors have unit length or are zero."""
+        """From settings and the item table; ``ConfigError`` names a column that the items do not have. Vectors: of unit length or zero."""
 
         def known(name: str, where: str) -> str:
             if name not in columns.names:

@@ -76,7 +76,7 @@ def _in_snapshot(home: Place, ids: Sequence[str]) -> dict[str, Any] | None:
         return None
     buckets = sorted(set(bucket_of(pa.array(ids, pa.string()), snapshot.num_buckets).tolist()))
     tables = {"events": snapshot.events(buckets), "user": snapshot.users(), "quarantined": snapshot.quarantine()}
-    return {name: _plain(_of(table, ids)) for name, table in tables.items()}
+    return {name: [] if table is None else _plain(_of(table, ids)) for name, table in tables.items()}
 
 
 def _of(table: pa.Table, ids: Sequence[str]) -> pa.Table:

@@ -1,0 +1,164 @@
+"""What people may ask of their data, through the API and the functions behind it: described, forgotten, joined, shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pytest
+from shop import Happening, snapshot
+from taste_shop import publish
+
+from maple.artifacts import Place
+from maple.data.tombstones import Tombstones
+from maple.errors import ServeError
+from maple.features.store_sqlite import SqliteStore
+from maple.recommend.bundle import load
+from maple.serve.http import create_app
+from maple.serve.people import folds_nothing, forget, stored
+from maple.serve.service import LocalService
+from maple.serve.settings import ServeSettings
+from maple.serve.stores import open_store
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    home = tmp_path_factory.mktemp("home")
+    return home, publish(home, "popularity", "item-knn")
+
+
+@pytest.fixture
+def service(published: tuple[Path, str], tmp_path: Path) -> Iterator[LocalService]:
+    home, digest = published
+    page = ServeSettings.parse({"home": str(home), "store": {"path": str(tmp_path / "online.sqlite")}}, "test")
+    built = LocalService(page, lambda folder: open_store(page, folder))
+    built.hold({digest: built.prepare(load(Place.at(home), digest))}, digest, 1)
+    yield built
+    built.close()
+
+
+def ask(service: LocalService, method: str, path: str, body: Mapping[str, Any] | None = None, status: int = 200) -> Any:
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://maple") as client:
+            return await client.request(method, path, json=body)
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def bought(service: LocalService, user: str, *items: str) -> Any:
+    events = [{"user_id": user, "item_id": item, "event": "purchase", "event_id": f"{user}/{item}"} for item in items]
+    return ask(service, "POST", "/v1/events", {"events": events})
+
+
+def because(service: LocalService, user: str) -> set[str]:
+    """The items that a user's recommendations are explained by."""
+    items = ask(service, "POST", "/v1/recommendations", {"user_id": user, "k": 20})["items"]
+    return {item["reason"]["item_id"] for item in items if item["reason"]["item_id"]}
+
+
+def test_a_forgotten_user_is_gone_at_once_and_stays_so(service: LocalService, published: tuple[Path, str]) -> None:
+    bought(service, "anna", "i5", "i9")
+    ask(service, "PUT", "/v1/users/anna", {"attributes": {"age": 44}})
+    assert because(service, "anna")
+    removed = ask(service, "DELETE", "/v1/users/anna")
+    assert {name: removed[name] for name in ("events", "attributes", "ids")} == {"events": 2, "attributes": 1, "ids": 1}
+    assert because(service, "anna") == set()
+    before = bought(service, "nobody special", "i5", "i9")
+    after = bought(service, "anna", "i5", "i13")
+    assert {**after, "request_id": ""} == {**before, "request_id": ""}, "an answer does not tell who is forgotten"
+    assert ask(service, "PUT", "/v1/users/anna", {"attributes": {"age": 4}})["user_id"] == "anna"
+    assert because(service, "anna") == set()
+    home = Place.at(published[0])
+    assert Tombstones.of(home).covers(pa.array(["anna", "bert"])).tolist() == [True, False]
+    again = ask(service, "DELETE", "/v1/users/anna")
+    assert (again["events"], again["attributes"]) == (0, 0)
+
+
+def test_two_ids_become_one_person_and_two_again(service: LocalService) -> None:
+    bought(service, "device", "i5")
+    bought(service, "bea", "i2")
+    device, bea = because(service, "device"), because(service, "bea")
+    assert ask(service, "POST", "/v1/identities", {"alias": "device", "user_id": "bea"})["changed"] >= 1
+    assert because(service, "device") == because(service, "bea") == device | bea == {"i5", "i2"}
+    bought(service, "device", "i9")
+    assert "i9" in because(service, "bea")
+    assert ask(service, "DELETE", "/v1/identities/device")["changed"] == 1
+    assert because(service, "bea") == bea
+    assert because(service, "device") == {"i5", "i9"}
+    assert ask(service, "DELETE", "/v1/identities/device")["changed"] == 0
+
+
+def test_whoever_is_joined_is_forgotten_together(service: LocalService, published: tuple[Path, str]) -> None:
+    bought(service, "phone", "i5")
+    bought(service, "carl", "i2")
+    ask(service, "POST", "/v1/identities", {"alias": "phone", "user_id": "carl"})
+    assert ask(service, "DELETE", "/v1/users/phone")["ids"] == 2
+    assert because(service, "carl") == because(service, "phone") == set()
+    assert Tombstones.of(Place.at(published[0])).covers(pa.array(["phone", "carl"])).all()
+
+
+def test_attributes_reach_the_query_and_the_requests_own_win(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    held = service._serving
+    assert held is not None
+    run = held.batcher.answer
+
+    async def watched(queries: Any, deadline: Any) -> Any:
+        seen.extend(dict(query.attributes) for query in queries)
+        return await run(queries, deadline)
+
+    monkeypatch.setattr(held.batcher, "answer", watched)
+    ask(service, "PUT", "/v1/users/dora", {"attributes": {"age": 30, "member": True, "likes": ["tea"]}})
+    ask(service, "PUT", "/v1/users/dora", {"attributes": {"member": None}})
+    for own in ({}, {"age": 31, "city": "Rome"}, {}):
+        ask(service, "POST", "/v1/recommendations", {"user_id": "dora", "attributes": own})
+    assert seen == [{"age": 30.0, "likes": ["tea"]}, {"age": 31, "likes": ["tea"], "city": "Rome"}], "the third answer was cached"
+
+
+def test_what_cannot_be_kept_is_refused_and_what_fails_is_said(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(service, "PUT", "/v1/users/emil", {"attributes": {"a\nb": 1}}, status=422)["error"]["where"] == "attributes"
+    for user, status in (("emil", 200), ("fred", 200), ("gina", 200), ("hugo", 422)):
+        answer = ask(service, "POST", "/v1/identities", {"alias": "library computer", "user_id": user}, status=status)
+    assert answer["error"]["where"] == "alias"
+
+    def broken(*_: Any, **__: Any) -> int:
+        raise ServeError("disk full")
+
+    assert service._stores is not None
+    monkeypatch.setattr(service._stores.store, "delete", broken)
+    refused = ask(service, "DELETE", "/v1/users/emil", status=503)
+    assert refused["error"]["type"] == "not_stored"
+    assert "disk" not in json.dumps(refused)
+
+
+def test_everything_stored_about_a_person_is_shown(tmp_path: Path) -> None:
+    day = 86_400_000_000
+    happenings = [
+        Happening("ann", "apple", "purchase", 1, 2.0, 1.5), Happening("ann", "cup", "view", 2), Happening("bob", "cup", "view", 3),
+    ]  # fmt: skip
+    snapshot(tmp_path, happenings, 1000)
+    home = Place.at(tmp_path / "home")
+    store = SqliteStore(tmp_path / "online.sqlite", folds_nothing())
+    store.append([Happening("tablet", "dish", "view", day).stored(7)])
+    store.merge(["tablet"], "ann")
+    store.describe("ann", {"age": 30})
+    told = stored(store, home, "ann")
+    assert told["ids"] == ["ann", "tablet"]
+    assert told["attributes"] == {"age": 30}
+    assert [(event["user_id"], event["item_id"]) for event in told["online_events"]] == [("tablet", "dish")]
+    assert [event["item_id"] for event in told["snapshot"]["events"]] == ["apple", "cup"]
+    assert json.loads(json.dumps(told)) == told
+    assert "bob" not in json.dumps(told)
+    removed = forget(store, home, "tablet")
+    assert (removed.events, removed.attributes, removed.ids) == (1, 1, ("ann", "tablet"))
+    gone = stored(store, home, "ann")
+    assert (gone["online_events"], gone["attributes"], gone["snapshot"]["events"]) == ([], {}, [])
+    assert stored(store, Place.at(tmp_path / "nothing"), "ann")["snapshot"] is None
+    store.close()
