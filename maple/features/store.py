@@ -111,7 +111,7 @@ class OnlineStore(Protocol):
         attributes and links. Blocked ids are kept as keyed hashes only.
         """
 
-    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+    def export(self, batch_rows: int = 50_000) -> Iterator[pa.Table]:
         """All events as EVENTS tables of about so many rows, each event under the id it came with; others may write meanwhile."""
 
     def expire(self, before: int) -> int:

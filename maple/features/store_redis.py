@@ -95,7 +95,7 @@ class RedisStore:
         events = [_event(event, member.decode() or user_id, data) for member, log in logs for event, data in _pairs(log)]
         return sorted(events, key=lambda event: (*event.order, event.user_id))
 
-    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+    def export(self, batch_rows: int = 50_000) -> Iterator[pa.Table]:
         """See ``OnlineStore``."""
         events: list[Event] = []
         seen: set[int] = set()  # scanning may give a key twice
@@ -107,7 +107,7 @@ class RedisStore:
             user = key.removeprefix(f"{self._prefix}:").removesuffix(":log")[17:]
             with self._link.errors():
                 events += [_event(event, user, data) for event, data in self._link.client.hgetall(key).items()]
-            if len(events) >= rows:
+            if len(events) >= batch_rows:
                 yield to_table(events)
                 events = []
         if events:

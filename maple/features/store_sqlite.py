@@ -156,13 +156,13 @@ class SqliteStore:
             rows = reader.execute(query, (json.dumps(ids),)).fetchall()
         return sorted(map(_event, rows), key=lambda event: (*event.order, event.user_id))
 
-    def export(self, rows: int = 50_000) -> Iterator[pa.Table]:
+    def export(self, batch_rows: int = 50_000) -> Iterator[pa.Table]:
         """See ``OnlineStore``."""
         query = f"SELECT {_COLUMNS} FROM events WHERE (user_id, event_id) > (?, ?) ORDER BY user_id, event_id LIMIT ?"  # noqa: S608
         last = ("", "")
         while True:
             with self._file.read() as reader:
-                found = reader.execute(query, (*last, rows)).fetchall()
+                found = reader.execute(query, (*last, batch_rows)).fetchall()
             if not found:
                 return
             last = found[-1][:2]

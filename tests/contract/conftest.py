@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("model_suite", "store_suite", "live_suite")
+pytest.register_assert_rewrite("model_suite", "store_suite")

@@ -443,7 +443,7 @@ class StoreSuite:
         store.append(made)
         store.merge(["u1"], "u0")
         store.delete("u2", block=True)
-        parts = list(store.export(rows=8))
+        parts = list(store.export(batch_rows=8))
         assert len(parts) > 1
         assert all(part.schema.equals(EVENTS) for part in parts)
         found = sorted((row["user_id"], row["event_id"]) for part in parts for row in part.to_pylist())
