@@ -14,6 +14,9 @@ import click
 from maple import __version__
 from maple.cli.console import console, errors
 from maple.cli.console import table as show_table
+from maple.cli.events import events
+from maple.cli.items import items
+from maple.cli.users import users
 from maple.errors import MapleError
 
 if TYPE_CHECKING:
@@ -207,6 +210,10 @@ def doctor() -> None:
     show_table("Maple doctor", header, rows)
     if not healthy:
         sys.exit(1)
+
+
+for group in (users, items, events):
+    cli.add_command(group)
 
 
 def _config(path: str | None, data: str | None, overrides: tuple[str, ...]) -> RunConfig:

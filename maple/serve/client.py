@@ -20,6 +20,11 @@ class ApiError(ServeError):
         self.status, self.kind, self.request_id = status, kind, request_id
 
 
+def _part(text: str) -> str:
+    """An id as one part of a path."""
+    return urllib.parse.quote(text, safe="")
+
+
 class Client:
     """Talks to one address. Not for several threads at once. A connection that the server closed is opened again, once per call:
     every call is safe to repeat, events because their ids make them count once."""
@@ -31,15 +36,38 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
 
     def recommend(self, user_id: str, k: int = 10, **fields: Any) -> dict[str, Any]:
-        """A slate; ``fields`` are history, exclude, filters, context of the request."""
+        """A slate; ``fields`` are history, exclude, filters, context, attributes of the request."""
         return self.call("POST", "/v1/recommendations", {"user_id": user_id, "k": k, **fields})
 
     def similar(self, item_id: str, k: int = 10) -> dict[str, Any]:
-        return self.call("GET", f"/v1/items/{urllib.parse.quote(item_id, safe='')}/similar?k={k}")
+        return self.call("GET", f"/v1/items/{_part(item_id)}/similar?k={k}")
 
     def events(self, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Store events; durable when this returns. Give each an ``event_id`` or a ``timestamp``, so that a repeat counts once."""
         return self.call("POST", "/v1/events", {"events": list(events)})
+
+    def put_item(self, item_id: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Change an item of the live catalogue, or add one; durable when this returns."""
+        return self.call("PUT", f"/v1/items/{_part(item_id)}", changes)
+
+    def item(self, item_id: str) -> dict[str, Any]:
+        return self.call("GET", f"/v1/items/{_part(item_id)}")
+
+    def withdraw_item(self, item_id: str) -> dict[str, Any]:
+        return self.call("DELETE", f"/v1/items/{_part(item_id)}")
+
+    def describe_user(self, user_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        return self.call("PUT", f"/v1/users/{_part(user_id)}", {"attributes": attributes})
+
+    def delete_user(self, user_id: str) -> dict[str, Any]:
+        return self.call("DELETE", f"/v1/users/{_part(user_id)}")
+
+    def join(self, alias: str, user_id: str) -> dict[str, Any]:
+        """Two ids are one person from now on; ``part`` takes it back."""
+        return self.call("POST", "/v1/identities", {"alias": alias, "user_id": user_id})
+
+    def part(self, alias: str) -> dict[str, Any]:
+        return self.call("DELETE", f"/v1/identities/{_part(alias)}")
 
     def info(self) -> dict[str, Any]:
         return self.call("GET", "/v1/info")

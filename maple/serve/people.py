@@ -7,24 +7,29 @@ repeated, so what fails in between is finished by asking again.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from maple.artifacts import Place
 from maple.data.dataset import Vocab
 from maple.data.etl import bucket_of
 from maple.data.snapshot import Snapshot
 from maple.data.tombstones import Tombstones
-from maple.errors import ArtifactError
+from maple.errors import ArtifactError, DataError
 from maple.features.catalogue import Catalogue
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
 from maple.features.store import OnlineStore
+from maple.schema import EVENTS, conform
 from maple.serve.api import IdentityRequest, UserChanges, iso
 from maple.serve.door import Door
 from maple.serve.http import Call
@@ -97,6 +102,30 @@ def _value(value: Any) -> Any:
     return (
         value if isinstance(value, str | int | float | bool | list | dict) else iso(value) if hasattr(value, "astimezone") else str(value)
     )
+
+
+def export_events(store: OnlineStore, home: Place, path: Path) -> int:
+    """Write all events of an online store to a Parquet file in the EVENTS layout, whole or not at all; returns how many.
+
+    Nobody with a tombstone in the home is in it, whatever the store still holds.
+    """
+    gone = Tombstones.of(home)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(part, EVENTS) as writer:
+            for table in store.export():
+                kept = gone.keep(conform(table, EVENTS, "the online store").select(EVENTS.names)).cast(EVENTS)
+                writer.write_table(kept)
+                count += kept.num_rows
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}. Choose another file, or make room.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    return count
 
 
 class People:

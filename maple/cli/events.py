@@ -1,0 +1,39 @@
+"""``maple events``: the events that the online store holds, as a file that an ingestion can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from maple.cli.console import console
+from maple.cli.users import config_option, opened
+
+
+@click.group()
+def events() -> None:
+    """Events of the online store."""
+
+
+@events.command("export")
+@click.argument("file", type=click.Path(dir_okay=False))
+@config_option
+def export(file: str, config_path: str | None) -> None:
+    """Write all events of the online store to one Parquet file in the EVENTS layout; deleted users are not in it.
+
+    Events that were ingested before are known by their ids: appending the file adds only what is new.
+    """
+    from maple.serve.people import export_events
+
+    with opened(config_path) as (home, store):
+        count = export_events(store, home, Path(file))
+    console.print(f"{count:,} events in {file}", markup=False, soft_wrap=True)
+    console.print(
+        "To learn from them: name the file as one more table under `events:` of your source.yaml\n"
+        "  - path: online.parquet\n"
+        "    columns: {event_id: event_id, user_id: user_id, item_id: item_id, event: event, timestamp: timestamp, value: value,\n"
+        "              price: price, session_id: session_id, request_id: request_id}\n"
+        "and run `maple ingest --append` with that source.",
+        markup=False,
+        soft_wrap=True,
+    )
