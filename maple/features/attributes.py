@@ -189,14 +189,19 @@ def plain_rows(table: pa.Table) -> Iterator[tuple[str, dict[str, Any]]]:
         if name != "user_id" and _kind(column.type) is not None
     }
     for row, user in enumerate(table["user_id"].to_pylist()):
-        held = {name: values[row] for name, values in columns.items() if values[row] is not None}
-        yield user, {name: _portable(value) for name, value in held.items()}
+        held = {name: _portable(values[row]) for name, values in columns.items()}
+        yield user, {name: value for name, value in held.items() if value is not None}
 
 
 def _portable(value: Any) -> Any:
+    """A value of a table as a request would give it; None for a missing or infinite number."""
     if isinstance(value, datetime | date):
         return value.isoformat()
-    return float(value) if isinstance(value, Decimal) else value
+    if isinstance(value, list):
+        return [each for each in value if each is not None]
+    if isinstance(value, Decimal | float):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 # -- one value -----------------------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return f"{value:g}" if math.isfinite(value) else None
+        return None if not math.isfinite(value) else str(int(value)) if value == int(value) else repr(float(value))
     return value if isinstance(value, str) and value else None
 
 

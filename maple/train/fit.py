@@ -80,7 +80,7 @@ def ranker_rows(
     relevant = targets_after(data, cut.t1, cut.t2, new_only=not settings.repeats, settings=rows, rng=random, gap=cut.gap)
     parts: list[Rows] = []
     for users, offsets, items in batches_of(relevant, BATCH):
-        contexts = contexts_of(known, users, cut.t1, cut.t2)
+        contexts = contexts_of(known, users, cut.t1 + cut.gap, cut.t2)
         queries = queries_at(data, users, cut.t1, history_limit=settings.history_limit, contexts=contexts)
         candidates = pipeline.run_segment("retrieve", queries, Candidates.empty(len(queries))).candidates
         candidates = pipeline.run_segment("rank", queries, candidates).candidates

@@ -11,20 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shop import ITEMS, T0, Happening, offline, online
 
 from maple.features.catalogue import Catalogue
+from maple.features.content import ItemContent
+from maple.features.extras import Extras
 from maple.features.fold import DAY
 from maple.features.folder import Folder
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
-from maple.features.states import StateReader, hydrate
 from maple.features.store import Event
 from maple.features.store_sqlite import SqliteStore
 from maple.features.ticks import ItemReader, ItemTimeline, StoredItems, partials
 from maple.features.views import VIEWS
+from maple.recommend.engine import Query
+from maple.recommend.rankers import LogFeatures, StateFeatures
+from maple.schema import TIMESTAMP
+from maple.train.rows import queries_at
 
 USERS = ("u", "v", "w")
 KINDS = ("view", "click", "add_to_cart", "purchase", "purchase", "return", "rating", "like")
@@ -44,6 +50,22 @@ happenings = st.builds(
 queries = st.lists(st.tuples(st.sampled_from(USERS), st.one_of(moments, st.integers(0, 60 * DAY))), min_size=1, max_size=4)
 
 
+PEOPLE = pa.table(
+    {
+        "user_id": USERS,
+        "age": pa.array([33, None, 41]),
+        "city": ["Oslo", "Rome", None],
+        "club": [True, False, True],
+        "since": pa.array([T0 - 9 * DAY, T0 + 2 * DAY, None], TIMESTAMP),
+        "likes": [["tea", "art"], [], None],
+    }
+)
+THINGS = ITEMS.append_column("weight", pa.array([0.5, 1.5, None, 4.0, 8.0])).append_column(
+    "made", pa.array([T0 - DAY, T0 + DAY, None, T0, T0 - 400 * DAY], TIMESTAMP)
+)
+VECTORS = ItemContent(np.array([[1, 0], [0.6, 0.8], [0, 1], [0, 0], [-1, 0]], np.float32), {}, {})
+
+
 def feed(store: SqliteStore, events: list[Event], chaos: random.Random) -> None:
     """Events shuffled, some of them twice, in calls of random size."""
     arriving = events + chaos.sample(events, len(events) // 2)
@@ -61,23 +83,28 @@ def test_every_user_feature_is_the_same_offline_and_online(made: list[Happening]
     names = [f"id{n:03d}" for n in range(len(made))]
     chaos.shuffle(names)  # the order of ids is not the order of arrival
     events = [replace(event, event_id=name) for name, event in zip(names, online(made), strict=True)]
-    data = offline(events, USERS)
+    data = replace(offline(events, USERS), user_table=PEOPLE, item_table=THINGS)
     catalogue = Catalogue.of(data)
-    log_reader, state_reader = LogReader(data, SPEC), StateReader(SPEC, catalogue)
+    extras = Extras.fit(data, SPEC, content={"text": VECTORS})
     items = ItemReader(ItemTimeline.from_data(data, SPEC))
+    logged = LogFeatures(LogReader(data, SPEC), items, extras)
     candidates = np.array([*range(len(data.items)), -1], np.int32)
     offsets = np.array([0, len(candidates)])
     with tempfile.TemporaryDirectory() as folder:
         store = SqliteStore(Path(folder) / "store.db", Folder(SPEC, catalogue))
+        store.backfill_users(PEOPLE)
         done = 0
         for user, at in sorted(asked, key=lambda query: query[1]):
             feed(store, [event for event in events if done <= event.timestamp - T0 < at], chaos)
             done = max(done, at)
-            now = np.array([T0 + at])
-            states = [store.get([user])[user]]
-            past = hydrate(log_reader, items, data.users.encode([user]), now, offsets, candidates)
-            live = hydrate(state_reader, items, states, now, offsets, candidates)
-            assert tuple(past) == tuple(live) == SPEC.columns
+            state = store.get([user])[user]
+            known = data.items.encode(state.items)
+            told = Query(user, known, state.events, state.times, T0 + at, state=state, context={"device": "tv"})
+            asked_of_log = queries_at(data, data.users.encode([user]), T0 + at, history_limit=SPEC.history_limit, contexts=[told.context])
+            past = logged.columns(asked_of_log, offsets, candidates)
+            served = StateFeatures(SPEC, catalogue, items, extras.at(T0 + at))  # as a bundle of this moment
+            live = served.columns([told], offsets, candidates)
+            assert set(past) == set(live) == {*SPEC.columns, *extras.names}
             for name in past:
                 np.testing.assert_allclose(live[name], past[name], rtol=1e-6, atol=1e-7, err_msg=f"{name} of {user} at {at}")
         store.close()
@@ -114,5 +141,11 @@ def test_partials_of_disjoint_users_merge_to_the_whole(made: list[Happening]) ->
     np.testing.assert_allclose(merged.state, whole.state, rtol=1e-12, atol=1e-12)
 
 
-def test_the_parity_test_covers_every_view() -> None:
+def test_the_parity_test_covers_every_view_and_everything_beside() -> None:
     assert {type(view) for view in SPEC.all_views} == set(VIEWS)
+    data = replace(offline(online([Happening(user, "cup", "purchase", 0) for user in USERS])), user_table=PEOPLE, item_table=THINGS)
+    data = replace(data, log=replace(data.log, item=np.array([0, 1, 2], np.int32)))
+    names = Extras.fit(data, SPEC, content={"text": VECTORS}).names
+    for part in ("user.attribute.age", "user.attribute.club", "user.attribute.since", "user.attribute.likes.tea", "item.attribute.weight",
+                 "item.attribute.made", "user_item.together.count", "user_item.content.text", "item.content.text.1"):  # fmt: skip
+        assert part in names
