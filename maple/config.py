@@ -7,7 +7,7 @@ A section rejects unknown keys and names the nearest known one. Defaults live be
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -52,12 +52,13 @@ class Section(BaseModel):
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     lines = []
-    for problem in error.errors(include_url=False, include_input=False):
-        path = ".".join(str(part) for part in problem["loc"])
+    problems = error.errors(include_url=False, include_input=False)
+    inner = {problem["loc"][:depth] for problem in problems for depth in range(1, len(problem["loc"]))}
+    for problem in problems:
+        if problem["loc"] in inner and problem["type"] == "too_short":  # said of a list whose entries were not read for the errors in them
+            continue
+        path, owner = _place(cls, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            owner: Any = cls
-            for part in problem["loc"][:-1]:
-                owner = _below(owner, part)
             known = getattr(owner, "model_fields", {})
             lines.append(unknown_name("setting", path, known) if known else f"unknown setting {path!r}")
         else:
@@ -65,17 +66,31 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _below(owner: Any, part: int | str) -> Any:
-    """The type one step down a location: of a field, of an entry, or of the member of a union that its tag names."""
-    fields = getattr(owner, "model_fields", {})
-    if part in fields:
-        return fields[part].annotation
-    members = get_args(owner)
-    for member in members:
-        tag = getattr(member, "model_fields", {}).get("kind")
-        if tag is not None and part in get_args(tag.annotation):
-            return member
-    return next((member for member in reversed(members) if hasattr(member, "model_fields")), None)
+def _place(cls: type[BaseModel], location: Sequence[int | str]) -> tuple[str, Any]:
+    """A location as people write it, and the type that its last step belongs to.
+
+    A step is a field, an entry of a list or mapping, or the tag (``kind``) of a member of a union, which is not written.
+    """
+    owner: Any = cls
+    parent: Any = cls
+    written: list[str] = []
+    for part in location:
+        members = get_args(owner)
+        tags = {tag: member for member in members for tag in get_args(getattr(_fields(member).get("kind"), "annotation", None))}
+        if part in tags:
+            owner = tags[part]
+            continue
+        written.append(str(part))
+        parent = owner
+        if part in _fields(owner):
+            owner = _fields(owner)[part].annotation
+        else:
+            owner = next((member for member in reversed(members) if _fields(member)), None)
+    return ".".join(written), parent
+
+
+def _fields(kind: Any) -> Mapping[Any, Any]:
+    return getattr(kind, "model_fields", {})
 
 
 def yaml_value(text: str | bytes) -> Any:
