@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from maple.artifacts import Place
@@ -22,6 +23,7 @@ from maple.errors import DataError
 FRAGMENT_ROWS = 1_000_000  # of Parquet
 FRAGMENT_BYTES = 64 << 20  # of text
 CHUNK = 8 << 20
+MAX_QUOTED_LINES = 1000  # of one field; more are a quote that never closed
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,53 @@ class Cut:
     stop: int | None
     first: int
     rows: int
+
+
+class Quotes:
+    """Follows the quoted fields of a CSV file, to find one that swallows the records behind it. ``DataError`` where it does."""
+
+    def __init__(self, label: str, at: int, delimiter: bytes) -> None:
+        self.label, self.delimiter = label, delimiter
+        self.at = at  # bytes before the next chunk, which starts outside of quotes
+        self.opened: int | None = None  # where the field that is open began
+        self.lines = 0  # line ends in it
+        self.before = b"\n"
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes."""
+        raw = np.frombuffer(chunk, np.uint8)
+        ends = np.flatnonzero(raw == 10)
+        starts = set(self.delimiter) | {10, 13}
+        previous, skipped = 0, -1
+        for place in np.flatnonzero(raw == 34).tolist():
+            if self.opened is not None:
+                self._count(ends, previous, place)
+            if place == skipped:
+                pass
+            elif self.opened is None:
+                if (chunk[place - 1] if place else self.before[-1]) in starts:
+                    self.opened, self.lines = self.at + place, 0
+            elif chunk[place + 1 : place + 2] == b'"':
+                skipped = place + 1
+            else:
+                self.opened = None
+            previous = place
+        if self.opened is not None:
+            self._count(ends, previous, len(chunk))
+        self.at, self.before = self.at + len(chunk), chunk[-1:]
+
+    def close(self) -> None:
+        """The end of the file."""
+        if self.opened is not None:
+            raise DataError(f"{self.label}: a quote that opens at byte {self.opened:,} never closes; the file may be cut off or damaged")
+
+    def _count(self, ends: npt.NDArray[np.int64], start: int, stop: int) -> None:
+        self.lines += int(np.searchsorted(ends, stop) - np.searchsorted(ends, start))
+        if self.lines > MAX_QUOTED_LINES:
+            raise DataError(
+                f"{self.label}: a quoted field that opens at byte {self.opened:,} runs over more than {MAX_QUOTED_LINES} lines; "
+                "a quote is missing there, or export the column without line breaks"
+            )
 
 
 def cut_parquet(file: pq.ParquetFile, rows: int) -> list[tuple[tuple[int, ...], int, int, int]]:
@@ -83,14 +132,21 @@ def cut_text(place: Place, label: str, table: FileSource, size: int) -> list[Cut
     whole = is_compressed(place) or not _cuttable(table.encoding)
     edges, counts = [0], [0]
     at = records = 0
+    quotes: Quotes | None = None
     with readable(label, table.encoding):
         for lines in _whole_lines(place, label, min(CHUNK, size)):
-            whole = whole or _hides_ends(lines, quote)
+            plain = lines.removeprefix(codecs.BOM_UTF8) if at == 0 else lines
+            if quotes is None and _hides_ends(plain, quote):
+                whole, quotes = True, Quotes(label, at, quote or b"")
+            if quotes is not None and quote is not None:
+                quotes.feed(plain)
             at += len(lines)
             records += _records(lines, kind, table.delimiter)
             if at - edges[-1] >= size:
                 edges.append(at)
                 counts.append(records)
+    if quotes is not None:
+        quotes.close()
     if whole or at == 0:
         return [Cut(0, None, 0, max(records - heading, 0))]
     if edges[-1] < at:
@@ -104,10 +160,10 @@ def check_parquet(file: pq.ParquetFile, place: Place, label: str) -> None:
     """``DataError`` where a Parquet file says that it grows beyond measure when it is read."""
     size = place.fs.get_file_info(place.path).size
     groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
-    _check_growth(sum(group.total_byte_size for group in groups), size, label)
+    check_growth(sum(group.total_byte_size for group in groups), size, label)
 
 
-def _check_growth(read: int, size: int, label: str) -> None:
+def check_growth(read: int, size: int, label: str) -> None:
     if read > FREE_EXPANSION and read > MAX_EXPANSION * size:
         raise DataError(
             f"{label} grows more than {MAX_EXPANSION}-fold when it is unpacked (over {read >> 20} MiB from {size:,} bytes); "
@@ -124,7 +180,7 @@ def _whole_lines(place: Place, label: str, chunk_bytes: int) -> Iterator[bytes]:
         while chunk := bytes(stream.read(chunk_bytes)):
             read += len(chunk)
             if is_compressed(place):
-                _check_growth(read, size, label)
+                check_growth(read, size, label)
             end = chunk.rfind(b"\n") + 1
             if end:
                 yield rest + chunk[:end]

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from maple.data.files import MAX_LINE, columns_of, delimiter_of, open_parquet
-from maple.data.fragments import Fragment
+from maple.data.fragments import Fragment, check_growth
 from maple.data.sources import LIST_MARK, FileSource
 from maple.errors import DataError
 
@@ -62,6 +62,8 @@ def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
     names = open_parquet(fragment.place, fragment.label).schema_arrow
     texts = [name for name in needed if _is_text(names.field(name).type)]
     file = open_parquet(fragment.place, fragment.label, texts)
+    bytes_on_disk = fragment.place.fs.get_file_info(fragment.place.path).size
+    decoded = 0
     at, stop = -fragment.skip, fragment.rows
     for batch in file.iter_batches(
         batch_size=BATCH_ROWS, row_groups=list(fragment.groups or ()), columns=list(dict.fromkeys(needed)), use_threads=False
@@ -69,6 +71,8 @@ def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
         low, high = max(0, -at), min(batch.num_rows, stop - at)
         if low < high:
             for start, part in _decoded(pa.Table.from_batches([batch.slice(low, high - low)]).select(needed), names, fragment.label):
+                decoded += part.nbytes
+                check_growth(decoded, bytes_on_disk, fragment.label)
                 begin = fragment.first + at + low + start
                 yield part, np.arange(begin, begin + part.num_rows), []
         at += batch.num_rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from maple.artifacts import Place
 from maple.data.report import FILE
 from maple.data.sources import TableSource
 from maple.data.tables import Tables
+from maple.errors import DataError
 from maple.schema import EVENTS
 
 COLUMNS = {"user_id": "u", "item_id": "i", "timestamp": "t"}
@@ -43,8 +46,17 @@ def test_csv(lines: list[str], end: str, last: bool, mark: bool, size: int) -> N
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "e.csv").write_bytes(text.encode())
         Path(folder, "z.csv.gz").write_bytes(gzip.compress(text.encode()))
-        whole, count, _ = rows(folder, {"path": "z.csv.gz", "columns": COLUMNS}, 1 << 20)
+        try:
+            whole, count, _ = rows(folder, {"path": "z.csv.gz", "columns": COLUMNS}, 1 << 20)
+        except DataError:
+            with pytest.raises(DataError, match="never closes"):
+                rows(folder, {"path": "e.csv", "columns": COLUMNS}, size)
+            with pytest.raises(csv.Error):
+                list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            return
         assert count == 1
+        records = [record for record in csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")) if record]
+        assert len(whole) == len(records) - 1  # every record is a row, good or not
         assert rows(folder, {"path": "e.csv", "columns": COLUMNS}, size)[0] == whole
         assert len({row["_row"] for row in whole}) == len(whole)
 

@@ -17,9 +17,9 @@ from maple.artifacts import Place
 from maple.data import presets
 from maple.data.files import columns_of, open_parquet
 from maple.data.presets import load_source
+from maple.data.report import UNREADABLE
 from maple.data.sources import SourceConfig, TableSource
 from maple.data.tables import Tables
-from maple.data.validate import UNREADABLE
 from maple.errors import ConfigError, DataError
 from maple.schema import EVENTS, ITEMS
 
