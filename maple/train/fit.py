@@ -15,6 +15,7 @@ from maple.data.splits import Boundaries
 from maple.errors import DataError
 from maple.evaluate.harness import Recommend, Relevant
 from maple.features.extras import NO_EXTRAS, Extras
+from maple.features.leakage import label_leaks, refuse_leaks
 from maple.features.log_reader import LogReader
 from maple.features.spec import FeatureSpec
 from maple.features.ticks import ItemReader, ItemTimeline
@@ -72,7 +73,10 @@ def ranker_rows(
     seed: int = 0,
     say: Say = print,
 ) -> Rows:
-    """What the ranker learns from: candidates of ``sources`` (fitted before ``cut.t1``) for the users of [t1, t2), with features at t1."""
+    """What the ranker learns from: candidates of ``sources`` (fitted before ``cut.t1``) for the users of [t1, t2), with features at t1.
+
+    ``DataError`` where a column gives the label away.
+    """
     early = Parts(settings, Space.of(data), sources, _popular(data.before(cut.t1), settings))
     known = data.before(cut.t2)
     pipeline = offline_pipeline(early, known, spec, timeline, Extras.fit(known, spec, until=cut.t1) if extras is None else extras)
@@ -92,7 +96,9 @@ def ranker_rows(
             "the sources proposed none of the items that users went on to take between T1 and T2, so the ranker has nothing to learn from; "
             "use more data, a longer validation part (`split.valid`), or more candidates (`pipeline.max_candidates`)"
         )
-    return gather(parts)
+    made = gather(parts)
+    refuse_leaks(label_leaks(made.columns, made.labels[:, 0], seed=seed), say)
+    return made
 
 
 def fit_ranker(rows: Rows, settings: PipelineSettings, ctx: FitContext, say: Say = print) -> tuple[Ranker, Metrics]:
