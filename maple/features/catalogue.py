@@ -63,7 +63,7 @@ class Catalogue:
         """With brand-new items after the known ones, in the order of the table: ``item_id`` and what is known of category, brand, price and
         ``created_at``. A category or brand that no known item has is unknown. ``DataError`` for an id that is known already."""
         new = Vocab(table["item_id"].cast(pa.string()).combine_chunks())
-        known = self.items.encode(new.ids)
+        known = self.items.encode(new.ids.to_pylist())  # by the index that is there already
         if (known >= 0).any() or len(pc.unique(new.ids)) < len(new):
             raise DataError("a catalogue is extended by distinct new items; known ones are changed by their live values")
         own = _columns(table, len(new), self.categories, self.brands)
