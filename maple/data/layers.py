@@ -37,27 +37,27 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 def events_file(bucket: int) -> str:
     """Where a bucket's clean events lie."""
-    return f"events/bucket={bucket:05d}.parquet"
+    return f"events/bucket={bucket:05d}/part.parquet"
 
 
 def quarantine_file(bucket: int) -> str:
     """Where the rows of a bucket that were set aside lie."""
-    return f"quarantine/bucket={bucket:05d}.parquet"
+    return f"quarantine/bucket={bucket:05d}/part.parquet"
 
 
 def index_file(bucket: int) -> str:
     """Where the sorted hashes of the event ids that a layer brought to a bucket lie."""
-    return f"index/bucket={bucket:05d}.arrow"
+    return f"index/bucket={bucket:05d}/part.arrow"
 
 
 def void_file(bucket: int) -> str:
     """Where the ids of earlier events that a layer replaces or removes lie; with a ``reason``, those of rows in quarantine."""
-    return f"void/bucket={bucket:05d}.parquet"
+    return f"void/bucket={bucket:05d}/part.parquet"
 
 
 def gross_file(bucket: int) -> str:
     """Where the values of events as they came lie, by event id, for those that returns changed."""
-    return f"gross/bucket={bucket:05d}.parquet"
+    return f"gross/bucket={bucket:05d}/part.parquet"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ Progress = Callable[[str], None]
 
 def rows_file(bucket: int) -> str:
     """Where the feature rows of a bucket's target events lie."""
-    return f"user_events/bucket={bucket:05d}.parquet"
+    return f"user_events/bucket={bucket:05d}/part.parquet"
 
 
 def partials_file(bucket: int) -> str:
@@ -65,7 +65,7 @@ def partials_file(bucket: int) -> str:
 
 def ticks_file(shard: int) -> str:
     """Where the timeline of a shard's items lies."""
-    return f"item_ticks/shard={shard:05d}.arrow"
+    return f"item_ticks/shard={shard:05d}/part.arrow"
 
 
 def content_file(name: str) -> str:
