@@ -496,7 +496,7 @@ def test_a_snapshot_with_a_flipped_bit(maple: Maple, shop: Path) -> None:
     pq.write_table(table.slice(1), path)
     for arguments in (("recommend", "u00001"), ("train",)):
         text = maple(*arguments).refusal("ArtifactError")
-        assert "bucket=00000.parquet was altered or is torn" in text
+        assert "bucket=00000/part.parquet was altered or is torn" in text
         assert "Build the snapshot again" in text
 
 
