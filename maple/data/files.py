@@ -85,7 +85,7 @@ def atomic_types(place: Place, table: FileSource) -> dict[str, str]:
 def head(place: Place, table: FileSource) -> str:
     """The first line of a text file."""
     with readable(place.name, table.encoding):
-        return decoded(_start(place), table.encoding).split("\n", 1)[0].rstrip("\r")
+        return re.split("[\r\n]", decoded(_start(place), table.encoding), maxsplit=1)[0]
 
 
 def decoded(start: bytes, encoding: str) -> str:
@@ -140,7 +140,7 @@ def open_parquet(place: Place, label: str, dictionaries: Sequence[str] = ()) -> 
                 f"{label} declares Arrow extension types (such as tensors); Maple refuses them because reading one can run code. "
                 "Write the file again with plain columns (numbers, text, times, lists of those)."
             )
-        return pq.ParquetFile(place.fs.open_input_file(place.path), read_dictionary=list(dictionaries))
+        return pq.ParquetFile(place.fs.open_input_file(place.path), read_dictionary=list(dictionaries), page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
         raise DataError(f"{label} is not a readable Parquet file ({brief(error)}); it may be cut off or damaged: write it again") from None
 

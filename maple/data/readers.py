@@ -53,14 +53,14 @@ def raw_schema(table: FileSource, needed: Sequence[str], fragment: Fragment) -> 
     kind = table.format_of(fragment.label)
     if kind == "parquet":
         stored = open_parquet(fragment.place, fragment.label).schema_arrow
-        return pa.schema([stored.field(name).remove_metadata() for name in needed])
+        return pa.schema([(name, _whole_type(stored.field(name).type)) for name in needed])
     return pa.schema([(name, pa.int64() if kind == "lists" and name == "place" else pa.string()) for name in needed])
 
 
 def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
     # Texts are decoded in slices: a small file may repeat one long text in every row of a batch.
     names = open_parquet(fragment.place, fragment.label).schema_arrow
-    texts = [name for name in needed if _is_text(names.field(name).type)]
+    texts = [name for name in needed if _is_text(_whole_type(names.field(name).type))]
     file = open_parquet(fragment.place, fragment.label, texts)
     bytes_on_disk = fragment.place.fs.get_file_info(fragment.place.path).size
     decoded = 0
@@ -80,6 +80,11 @@ def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
             break
 
 
+def _whole_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a column without codes."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
@@ -88,13 +93,13 @@ def _decoded(batch: pa.Table, stored: pa.Schema, label: str) -> Iterator[tuple[i
     """The batch with its dictionaries decoded, in slices of at most ``CELL_BYTES`` of text, and where each starts."""
     size = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
+        if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type):
             whole = column.combine_chunks()
             length = pc.binary_length(whole.dictionary).cast(pa.int64())
             size += np.asarray(pc.fill_null(length.take(whole.indices), 0))
     if size.max(initial=0) > CELL_BYTES:
         raise DataError(f"{label} has a row with more than {CELL_BYTES >> 20} MiB of text; the file may be damaged")
-    schema = pa.schema([stored.field(name).remove_metadata() for name in batch.column_names])
+    schema = pa.schema([(name, _whole_type(stored.field(name).type)) for name in batch.column_names])
     cut = np.flatnonzero(np.diff(np.cumsum(size) // CELL_BYTES, prepend=0))
     edges = [0, *(int(place) for place in cut if place), batch.num_rows]
     for start, stop in itertools.pairwise(edges):
