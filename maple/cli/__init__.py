@@ -17,6 +17,7 @@ from maple.cli.console import table as show_table
 from maple.cli.events import events
 from maple.cli.items import items
 from maple.cli.users import users
+from maple.cli.validate import check, validate
 from maple.errors import MapleError
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ def doctor() -> None:
 
 for group in (users, items, events):
     cli.add_command(group)
+cli.add_command(validate)
+features.add_command(check)
 
 
 def _config(path: str | None, data: str | None, overrides: tuple[str, ...]) -> RunConfig:
