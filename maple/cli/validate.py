@@ -63,11 +63,12 @@ def check(rows: int, seed: int) -> None:
         line.say(f"computing {rows:,} rows of {built.name} again")
         found = check_features(built, snapshot, rows=rows, seed=seed)
         line.done(f"{len(built.spec.columns)} columns, {len(found)} finding{'s' * (len(found) != 1)}")
-    if found:
-        show_table(
-            "Findings", ["severity", "check", "column", "what"], [[one.severity, one.check, one.column, one.message] for one in found]
-        )
+    _show(found)
     if any(finding.severity == "error" for finding in found):
-        raise DataError(
-            "the features leak, see above; a model that learns from them would fail when it serves. Repair the view and build again."
-        )
+        raise DataError("the features leak, see above: a model that learns from them fails when it serves. Repair the view, build again.")
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    if findings:
+        rows = [[finding.severity, finding.check, finding.column or "-", finding.message] for finding in findings]
+        show_table("Findings", ["severity", "check", "column", "what"], rows)

@@ -418,12 +418,18 @@ def _few(table: pa.Table) -> pa.Table:
 
 
 def _example(found: Assessed) -> str:
-    """The first row in quarantine for the most frequent reason, in words; empty where there is none."""
-    reasons = found.report.events.reasons
-    main = max(reasons, key=lambda name: reasons[name], default=None)
-    rows = [row for row in found.examples.to_pylist() if row["reason"] == main]
-    if not rows:
-        return ""
-    told = {name: value for name, value in rows[0].items() if value is not None and name not in ("reason", "file", "row", "unreadable")}
-    cells = rows[0]["unreadable"] or ", ".join(f"{name}={value}" for name, value in told.items())
-    return f" For example, {main} in row {rows[0]['row'] + 1} of {rows[0]['file']}: {str(cells)[:300]}"
+    """The first rows in quarantine for what is an error, in words; empty where no row is to blame."""
+    reasons, wrong = found.report.events.reasons, {finding.check for finding in found.report.findings if finding.severity == "error"}
+    named = [name for name in reasons if name in wrong]
+    if not named and "quarantined" in wrong and reasons:
+        named = [max(reasons, key=lambda name: reasons[name])]
+    told = ""
+    for name in named[:EXAMPLES]:
+        rows = [row for row in found.examples.to_pylist() if row["reason"] == name]
+        for row in rows[:1]:
+            known = {key: value for key, value in row.items() if value is not None and key not in ("reason", "file", "row", "unreadable")}
+            cells = row["unreadable"] or ", ".join(f"{key}={value}" for key, value in known.items())
+            told += f" For example, {name} in row {row['row'] + 1} of {row['file']}: {str(cells)[:300]}"
+        if rows[1:]:
+            told += " (also " + ", ".join(f"row {row['row'] + 1} of {row['file']}" for row in rows[1:]) + ")"
+    return told

@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal, TypeAlias
 
@@ -132,6 +132,14 @@ class Profile:
             events = np.asarray(pc.value_counts(table["user_id"].combine_chunks().drop_null()).field("counts"))
             users, per_user = len(events), _count(log_bins(events.astype(np.float64)))
         return Profile(table.num_rows, users, columns, per_user)
+
+    def discreet(self, least: int = 5) -> Profile:
+        """Without values that fewer than ``least`` rows have: for a table with a row per person."""
+        columns = {
+            name: replace(column, values={text: count for text, count in column.values.items() if count >= least})
+            for name, column in self.columns.items()
+        }
+        return replace(self, columns=columns)
 
     @staticmethod
     def merge(parts: Iterable[Profile]) -> Profile:
@@ -256,7 +264,7 @@ def _coarse(column: ColumnProfile, width: int = 1) -> ColumnProfile:
         for code, count in bins.items():
             wider[code // 2] += count
         bins, at = dict(sorted(wider.items())), at * 2
-    return ColumnProfile(**{**vars(column), "bins": bins, "width": at})
+    return replace(column, bins=bins, width=at)
 
 
 def _merged(one: Profile, other: Profile) -> Profile:

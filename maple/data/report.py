@@ -108,13 +108,16 @@ def table_report(clean: pa.Table, quarantined: pa.Table, rules: Mapping[str, int
         for name, count in count_values(part[FILE]).items() if FILE in part.column_names else ():
             files[name] = files.get(name, 0) + count
     times = pc.min_max(clean["timestamp"].cast(pa.int64())).as_py() if "timestamp" in clean.column_names else {"min": None, "max": None}
+    profile = Profile.of(clean)
+    if "user_id" in clean.column_names and "event" not in clean.column_names:  # the user table
+        profile = profile.discreet()
     return TableReport(
         rows_in=clean.num_rows + quarantined.num_rows, rows_clean=clean.num_rows, rows_quarantined=quarantined.num_rows,
         reasons=count_values(quarantined["reason"]), rules=dict(rules),
         nulls={name: clean[name].null_count for name in clean.column_names if not name.startswith("_")},
         files=files, kinds=count_values(clean["event"]) if "event" in clean.column_names else {},
         users=pc.count_distinct(clean["user_id"]).as_py() if "user_id" in clean.column_names else 0,
-        first=times["min"], last=times["max"], profile=Profile.of(clean),
+        first=times["min"], last=times["max"], profile=profile,
     )  # fmt: skip
 
 

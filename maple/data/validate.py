@@ -146,7 +146,8 @@ class Outlier(RuleBase):
     """Fires where a number is ``times`` too large for a reference that no single bad file can move. Null never fires.
 
     ``catalogue``: the price of the item table; a price ``times`` too small fires as well, an item without a price never.
-    ``parent``: the 99.9 % quantile of the magnitudes in the parent snapshot; without a parent nothing fires.
+    ``parent``: the 99.9 % quantile of the magnitudes in the snapshot that is appended to. Ingesting everything anew has no parent, and
+    what it gives must not depend on what was there before: nothing fires then.
     """
 
     kind: Literal["outlier"]

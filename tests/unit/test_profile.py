@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from maple.data.drift import index, psi
 from maple.data.profile import KEPT_VALUES, MAX_DAYS, ColumnProfile, Profile, bin_edges, log_bins
+from maple.data.report import table_report
 from maple.hashing import rng
 from maple.schema import TIMESTAMP
 
@@ -143,3 +144,11 @@ def test_psi_finds_a_shift_and_leaves_chance_alone() -> None:
     assert "'b'" in shifted.told
     assert psi(texts[0], parent) is None
     assert psi(texts[0], texts[0]) is not None
+
+
+def test_a_table_of_people_keeps_only_values_that_several_share() -> None:
+    people = pa.table({"user_id": [f"u{n}" for n in range(9)], "mail": [f"{n}@x" for n in range(9)], "group": ["a"] * 6 + ["b"] * 3})
+    found = table_report(people, pa.table({"reason": pa.array([], pa.string())}), {}).profile
+    assert found is not None
+    assert (found.columns["mail"].values, found.columns["mail"].distinct, found.columns["group"].values) == ({}, 9, {"a": 6})
+    assert "@x" not in json.dumps(found.plain())
