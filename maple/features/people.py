@@ -1,8 +1,8 @@
 """Who is the same person online, and what people are described by: links between ids, the groups they make, legal attributes.
 
 A link says that the events of an alias (a device, a guest id) are those of another id. Links are kept as they were told, so that taking
-one back gives exactly what there would be without it. Groups follow the rule of the offline stitching: the connected ids are one
-person, who goes by the smallest of the ids that are nobody's alias, and what joins too many is refused.
+one back gives exactly what there would be without it. Groups follow the rule of the offline stitching (``data.identity``): connected ids
+are one person, who goes by the smallest of the ids that something was merged into; what joins too many of those is refused.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import date
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from maple.data.identity import MAX_COMPONENT, MAX_USERS
 from maple.errors import DataError
+from maple.features.attributes import plain_rows
 from maple.features.states import Attribute
 from maple.schema import check_id
 
 #: (alias, the id it belongs to)
 Link: TypeAlias = tuple[str, str]
 
-MAX_IDS = 50  # of one person
-MAX_USERS = 3  # ids of one person that are nobody's alias: a shared device must not make strangers one person
 MAX_ATTRIBUTES = 100
-MAX_ATTRIBUTE_BYTES = 1024
+MAX_ATTRIBUTE_BYTES = 8192
 
 
 def groups(ids: Iterable[str], links: Collection[Link]) -> dict[str, list[str]]:
@@ -42,17 +41,17 @@ def groups(ids: Iterable[str], links: Collection[Link]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for each in sorted(parent):
         found.setdefault(root(each), []).append(each)
-    aliases = {alias for alias, _ in links}
-    return {min((each for each in group if each not in aliases), default=group[0]): group for group in found.values()}
+    users = {into for _, into in links}
+    return {min(users.intersection(group), default=group[0]): group for group in found.values()}
 
 
 def check_group(group: Sequence[str], links: Collection[Link]) -> None:
     """``DataError`` where so many ids cannot be one person."""
-    users = set(group) - {alias for alias, _ in links}
-    if len(group) > MAX_IDS or len(users) > MAX_USERS:
+    users = {into for _, into in links}.intersection(group)
+    if len(group) > MAX_COMPONENT or len(users) > MAX_USERS:
         raise DataError(
-            f"this would make {len(group)} ids, {len(users)} of them users of their own, one person; at most {MAX_IDS} and {MAX_USERS} "
-            "are. A shared device belongs to nobody: leave it unmerged, or unmerge what was linked to it by mistake."
+            f"this would make {len(group)} ids, {len(users)} of them users with aliases, one person; at most {MAX_COMPONENT} and "
+            f"{MAX_USERS} are. A shared device belongs to nobody: leave it unmerged, or unmerge what was linked to it by mistake."
         )
 
 
@@ -92,10 +91,11 @@ def _plain(value: Any, where: str) -> Attribute:
     return value if isinstance(value, str) else list(texts)
 
 
-def plain_rows(users: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of a USERS table as attributes: times as ISO 8601 text, everything else as it is."""
-    for row in users.to_pylist():
-        yield {name: value.isoformat() if isinstance(value, date) else value for name, value in row.items()}
+def user_rows(users: pa.Table) -> Iterator[tuple[str, dict[str, Attribute]]]:
+    """The rows of a USERS table as (id, attributes), checked; what is missing is left out."""
+    for user, row in plain_rows(users):
+        told = {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+        yield user, check_attributes(told, f"user {check_id(user, 'user_id')!r}")
 
 
 def one_of_all(told: Iterable[tuple[str, str, Attribute]], person: str) -> dict[str, Attribute]:

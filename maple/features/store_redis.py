@@ -17,7 +17,7 @@ import pyarrow as pa
 from maple.errors import ServeError
 from maple.features import redis_scripts as scripts
 from maple.features.folder import Folder
-from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
+from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, user_rows
 from maple.features.redis_link import RedisLink
 from maple.features.states import Attribute, UserState
 from maple.features.store import (
@@ -161,12 +161,7 @@ class RedisStore:
         """See ``OnlineStore``."""
         done = 0
         for batch in users.to_batches(2_000):
-            told = []
-            for row in plain_rows(pa.Table.from_batches([batch])):
-                user = check_id(str(row.pop("user_id")), "user_id")
-                row = {name: value for name, value in row.items() if value is not None}
-                told.append((user, check_attributes(row, f"user {user!r}")))
-            self._tell(told, only_new=True)
+            self._tell(list(user_rows(pa.Table.from_batches([batch]))), only_new=True)
             done += batch.num_rows
             if progress is not None:
                 progress(done)

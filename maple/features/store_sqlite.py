@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from maple.errors import ServeError
 from maple.features.folder import Folder
-from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, plain_rows
+from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, user_rows
 from maple.features.sqlite_file import SqliteFile
 from maple.features.states import Attribute, UserState
 from maple.features.store import (
@@ -240,16 +240,13 @@ class SqliteStore:
         """See ``OnlineStore``. One transaction per 10,000 users."""
         done = 0
         for batch in users.to_batches(10_000):
-            told = {}
-            for row in plain_rows(pa.Table.from_batches([batch])):
-                user = str(row.pop("user_id"))
-                told[user] = check_attributes(row, f"user {check_id(user, 'user_id')!r}")
+            told = dict(user_rows(pa.Table.from_batches([batch])))
             with self._file.write() as writer:
                 blocked = self._blocked(writer, told)
                 rows = [
                     (user, name, json.dumps(value))
                     for user, row in told.items() if user not in blocked
-                    for name, value in row.items() if value is not None
+                    for name, value in row.items()
                 ]  # fmt: skip
                 writer.executemany("INSERT OR IGNORE INTO attributes VALUES (?, ?, ?)", rows)
             done += batch.num_rows

@@ -8,12 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from shop import T0
 from store_suite import FOLDER, OTHER, check_same, folded
 
+from maple.data.identity import MAX_USERS
+from maple.errors import DataError
 from maple.features.fold import DAY
 from maple.features.folder import Folder
 from maple.features.store import Ack, Event, OnlineStore
@@ -69,10 +72,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(aliases=st.lists(users, min_size=1, max_size=2), into=users)
     def merge(self, aliases: list[str], into: str) -> None:
-        before = self.people()[into]
-        told = {(alias, into) for alias in aliases if alias != into and not {alias, into} & self.blocked}
-        self.links |= told
-        assert self.store.merge(aliases, into) == len(self.people()[into]) - len(before)
+        before, links = self.people()[into], set(self.links)
+        self.links |= {(alias, into) for alias in aliases if alias != into and not {alias, into} & self.blocked}
+        if len({target for _, target in self.links} & self.people()[into]) > MAX_USERS:
+            self.links = links
+            with pytest.raises(DataError, match="shared device"):
+                self.store.merge(aliases, into)
+        else:
+            assert self.store.merge(aliases, into) == len(self.people()[into]) - len(before)
 
     @rule(alias=users)
     def unmerge(self, alias: str) -> None:
