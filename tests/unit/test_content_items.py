@@ -19,7 +19,7 @@ from maple.errors import ArtifactError, ConfigError
 from maple.features.content import ItemContent
 from maple.models.base import FitContext
 from maple.models.content.base import pack, principal_axes, unit, unpack
-from maple.models.content.items import ContentSettings, ItemEncoder, content_vectors, encoder_of, inputs_of
+from maple.models.content.items import ContentSettings, ItemEncoder, content_vectors, encoder_of, inputs_of, vectors_of
 from maple.models.content.texts import normal, tokens
 
 CTX = FitContext(seed=1)
@@ -135,6 +135,22 @@ def test_fused_encoders_are_the_same_again_from_what_is_kept(tmp_path: Path) -> 
     new = pa.table({"item_id": ["new"], "title": ["garden shovel"]})
     row = encoder_of(loaded).encode(new)[0]
     assert (content.vectors @ row).argmax() in (3, 4)
+
+
+def test_new_items_have_vectors_where_the_encoder_is_at_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = content_vectors(ITEMS, {"text": parse({"encoder": "tfidf", "columns": ["title"], "dim": 4})}, CTX, lambda line: None)
+    gone = ItemContent(
+        np.zeros((8, 5), np.float32),
+        {"parts": [{"encoder": "sentence", "config": {"model": str(tmp_path / "gone")}}], "dim": 5},
+        {"0/fingerprint": np.zeros(32, np.uint8), "0/dim": np.array([5])},
+    )
+    new = pa.table({"item_id": ["n1", "n2"], "title": ["a red shirt", None]})
+    found = vectors_of({**made, "look": gone}, new)
+    assert (made["text"].vectors @ found["text"][0]).argmax() == 0
+    assert not found["text"][1].any()
+    assert found["look"].tolist() == [[0.0] * 5] * 2
+    assert "look" in caplog.text
+    assert "not a folder of a pretrained model" in caplog.text
 
 
 def test_the_digest_follows_settings_state_and_vectors() -> None:

@@ -7,8 +7,10 @@ A missing part is zeros: an item with a text and no image is placed by its text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +20,7 @@ from pydantic import Field, model_validator
 
 from maple.config import Section
 from maple.data.dataset import Float32
-from maple.errors import ArtifactError, ConfigError, unknown_name
+from maple.errors import ArtifactError, ConfigError, MapleError, unknown_name
 from maple.features.content import ItemContent
 from maple.models.base import FitContext, State
 from maple.models.content.base import Encoder, Input, principal_axes, unit
@@ -200,6 +202,22 @@ def content_vectors(items: pa.Table, settings: Mapping[str, ContentSettings], ct
     return out
 
 
+@lru_cache(maxsize=8)
 def encoder_of(content: ItemContent) -> ItemEncoder:
-    """The encoder that made a content feature, for items that came later."""
+    """The encoder that made a content feature, for items that came later. Those of the last few features are kept."""
     return ItemEncoder.from_state(content.plain, dict(content.state))
+
+
+def vectors_of(contents: Mapping[str, ItemContent], items: pa.Table) -> dict[str, Float32]:
+    """The vectors of new items by feature, float32[N, D]; zeros, and a warning, where an encoder is not at hand on this machine.
+
+    A pretrained encoder lies in a folder outside the bundle, and serving goes on without it.
+    """
+    out: dict[str, Float32] = {}
+    for name, content in contents.items():
+        try:
+            out[name] = encoder_of(content).encode(items)
+        except MapleError as error:
+            logging.getLogger(__name__).warning("content %r of %d new items stays unknown: %s", name, items.num_rows, error)
+            out[name] = np.zeros((items.num_rows, content.dim), np.float32)
+    return out
