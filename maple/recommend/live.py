@@ -22,6 +22,7 @@ from maple.features.live_items import LiveItem
 from maple.features.states import ItemColumnsReader
 from maple.index import tie_ranks
 from maple.models.base import Array, Space
+from maple.models.content.items import vectors_of
 from maple.recommend.build import Parts
 from maple.recommend.bundle import Bundle
 from maple.recommend.filters import ItemColumns, PatchedColumns
@@ -110,7 +111,9 @@ class LiveBundle(Bundle):
 
     @cached_property
     def extras(self) -> Extras:
-        return self.base.extras.extended(self._new_items) if self.num_new else self.base.extras
+        if not self.num_new:
+            return self.base.extras
+        return self.base.extras.extended(self._new_items, vectors_of(self.base.extras.content, self._new_items))
 
     @cached_property
     def _new_items(self) -> pa.Table:
