@@ -107,7 +107,7 @@ def _quarantined(asked: Question) -> Iterator[Finding]:
     top = sorted(events.reasons.items(), key=lambda pair: -pair[1])[:4]
     why = "; ".join(f"{name}: {count:,}" for name, count in top) or "the files hold no rows"
     if events.rows_clean == 0:
-        if events.rows_known + events.rows_deleted and not events.rows_quarantined:
+        if events.rows_known + events.rows_deleted:
             return  # a batch without news
         text = f"no events are left after cleaning {events.rows_judged:,} rows ({why}). Check `columns:` and `rules:` in the source YAML."
         yield Finding("quarantined", "error", "", text, 1.0, asked.max_quarantined_share)
