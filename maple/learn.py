@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from maple.errors import ArtifactError, ConfigError, unknown_name
 from maple.evaluate.compare import default_metrics, format_difference, format_value, summary
 from maple.evaluate.harness import CatalogueStats, Evaluation, Relevant, evaluate, item_strata, relevant_of, user_segments
 from maple.evaluate.metrics import LIST_LEVEL
-from maple.evaluate.splitting import evaluate_split
+from maple.evaluate.splitting import SplitWarning, evaluate_split
 from maple.features.build import FeatureArtifact
 from maple.features.extras import Extras
 from maple.features.spec import FeatureSpec
@@ -300,11 +302,13 @@ def evaluate_sources(config: RunConfig, say: Say) -> StepResult:
         say(f"evaluating {source.name}: {config.split.kind}")
         kind = model_class(source.model)
         parsed = kind.Config.parse(source.config, f"source {source.name!r}")
-        results = evaluate_split(
-            lambda kind=kind, parsed=parsed: kind(parsed), data, config.split, ks=asked.ks, new_only=not settings.repeats,  # type: ignore[misc]
-            history_limit=settings.history_limit, ctx=FitContext(config.seed, config.threads), bootstrap=asked.bootstrap,
-            max_users=asked.max_users,
-        )  # fmt: skip
+        with warnings.catch_warnings(action="ignore", category=SplitWarning):  # the result says it once
+            results = evaluate_split(
+                partial(kind, parsed),  # type: ignore[call-arg]
+                data, config.split, ks=asked.ks, new_only=not settings.repeats,
+                history_limit=settings.history_limit, ctx=FitContext(config.seed, config.threads), bootstrap=asked.bootstrap,
+                max_users=asked.max_users,
+            )  # fmt: skip
         means[source.name] = {name: float(np.mean([result.means[name] for result in results])) for name in results[0].means}
         for place, result in enumerate(results):
             files.append(write_file(folder, f"{source.name}-{place}.json", result.to_json().encode()))
