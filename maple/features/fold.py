@@ -55,6 +55,7 @@ class Slot:
 
 #: What is 0, not NaN, before the first event.
 COUNTS: tuple[Op, ...] = (Op.SUM, Op.DISTINCT, Op.TOP, Op.SESSIONS, Op.INSIDE)
+_BEFORE: Float64 = np.array([0.0 if op in COUNTS else np.nan for op in Op])
 SESSION_OPS: tuple[Op, ...] = (Op.SESSIONS, Op.START, Op.INSIDE)
 
 
@@ -66,7 +67,7 @@ def layout(slots: Sequence[Slot]) -> tuple[Int8, Float64]:
 
 def initial(ops: Int8, rows: int) -> tuple[Float64, Int64]:
     """States of keys that have seen nothing: sums 0, the rest NaN, ``last`` NEVER."""
-    empty = np.where(np.isin(ops, COUNTS), 0.0, np.nan)
+    empty = _BEFORE[ops]
     return np.tile(empty, (rows, 1)), np.full(rows, NEVER, np.int64)
 
 
