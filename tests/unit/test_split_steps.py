@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from shop import ITEMS, Happening, snapshot
 from taste_shop import dataset
 
 from maple.artifacts import Place, open_manifest
+from maple.config import yaml_value
 from maple.data.splits import TimeSplit, split_of
 from maple.evaluate.relevant import relevant_of
 from maple.features.fold import DAY
@@ -18,6 +20,7 @@ from maple.features.spec import FeatureSpec
 from maple.hashing import rng
 from maple.learn import evaluate_step
 from maple.models.base import FitContext
+from maple.models.content.items import ENCODERS
 from maple.recommend.settings import PipelineSettings
 from maple.run import RunConfig
 from maple.train.fit import fit_sources, ranker_rows
@@ -86,3 +89,15 @@ def test_sources_are_measured_alone_under_other_splits(config: RunConfig, tmp_pa
     assert result.facts["item-knn"]["ndcg@3"] == pytest.approx(np.mean(values))
     if split["kind"] != "session":
         assert "what other users did" in result.details[0] or "see the future" in result.details[0]
+
+
+@pytest.mark.parametrize("name", ["content", "splits"])
+def test_settings_of_the_pages_are_settings(name: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        parsed = RunConfig.parse(yaml_value(block), f"docs/{name}.md")
+        assert RunConfig.parse(parsed.plain(), "again") == parsed
+    known = ENCODERS if name == "content" else ("time", "leave_one_out", "user", "kfold", "session")
+    assert re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE) == list(known)
