@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from shop import HOUR, ITEMS, T0, Happening, offline, online
 
 from maple.data.dataset import Vocab
 from maple.errors import ConfigError
+from maple.features.attributes import Encoding, Field, Kind
 from maple.features.catalogue import Catalogue
 from maple.features.fold import DAY
 from maple.features.log_reader import LogReader
@@ -235,6 +237,23 @@ def test_names_are_distinct_and_the_page_has_them_all() -> None:
         "unit": "log(1 + events)", "half_life_days": 7.0, "key": "user", "clock": "by event",
     }  # fmt: skip
     assert by_name["item.trend.events"]["clock"] == "by tick of 24 hours"
+
+
+def test_the_page_tells_what_is_beside_the_folds() -> None:
+    names = {row["name"]: row for row in plain(listing(SPEC))}
+    assert {"context.device", "context.surface", "user.attribute.<column>", "user_item.together.share"} < set(names)
+    assert names["context.device"]["dtype"] == "int32"
+    fitted = Encoding((), (Field("age", Kind.NUMBER), Field("likes", Kind.TAGS, ("art", "tea"))), (Field("made", Kind.TIME),))
+    spec = SPEC.with_(together=None, content={"text": {"dim": 2, "digest": "d"}})
+    rows = {row["name"]: row for row in plain(listing(spec, fitted)) if row["name"] not in spec.columns}
+    assert set(rows) == {"user.attribute.age", "user.attribute.likes.art", "user.attribute.likes.tea", "item.attribute.made",
+                         "item.content.text.0", "item.content.text.1", "user_item.content.text"}  # fmt: skip
+    assert rows["item.attribute.made"]["unit"] == "log(1 + days)"
+
+
+def test_the_page_in_the_docs_is_fresh() -> None:
+    page = Path(__file__).parents[2] / "docs" / "features.md"
+    assert page.read_text() == markdown(listing(FeatureSpec())) + "\n", "write it anew: maple features list > docs/features.md"
 
 
 def test_half_lives_on_the_page_are_those_of_slots() -> None:
