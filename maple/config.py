@@ -84,6 +84,8 @@ def _place(cls: type[BaseModel], location: Sequence[int | str]) -> tuple[str, An
         parent = owner
         if part in _fields(owner):
             owner = _fields(owner)[part].annotation
+            if type(None) in get_args(owner):  # an optional section is written like one that must be there
+                owner = next((member for member in get_args(owner) if _fields(member)), owner)
         else:
             owner = next((member for member in reversed(members) if _fields(member)), None)
     return ".".join(written), parent

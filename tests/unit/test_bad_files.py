@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def corpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("os.fsync", lambda handle: None)  # a third of the time, and nothing here is about crashes
     import bad_files
 
     yield bad_files
@@ -50,7 +51,7 @@ def test_code_in_extension_types_does_not_run(corpus: ModuleType, tmp_path: Path
 
 
 def test_a_flipped_byte_is_found_or_changes_no_count(corpus: ModuleType, tmp_path: Path) -> None:
-    for number, case in enumerate(corpus.flipped(40)):
+    for number, case in enumerate(corpus.flipped(15)):
         verdict = corpus.judge(case, tmp_path / str(number), tmp_path / "executed")
         assert verdict.holds, (case.name, verdict.told)
 

@@ -117,7 +117,8 @@ def read(folder: Path, *tables: TableSource) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"join": {"path": "o.csv", "kee": "x", "take": ["a"]}}, "kee"),
+        ({"join": {"path": "o.csv", "kee": "x", "take": ["a"]}}, r"'join\.0\.kee'\. Did you mean 'key'"),
+        ({"currencies": {"colum": "c", "to": "EUR", "rates": {"GBP": 1}}}, r"'currencies\.colum'\. Did you mean 'column'"),
         (
             {"join": [{"path": "o.csv", "key": "x", "take": ["a"]}, {"path": "o.csv", "key": "x", "take": ["a"]}]},
             "two joins give a column 'a'",
