@@ -15,7 +15,7 @@ from maple.data.ingest import ROWS_PER_BUCKET
 from maple.data.kcore import KCore
 from maple.data.splits import TimeSplit
 from maple.errors import ConfigError
-from maple.features.spec import FeatureSpec
+from maple.features.spec import ContentRef, FeatureSpec
 from maple.models.content.items import ContentSettings
 from maple.recommend.settings import PipelineSettings, default_settings
 from maple.serve.settings import StoreSettings
@@ -91,7 +91,7 @@ class RunConfig(Section):
     ingest: IngestSettings = IngestSettings()
     k_core: KCore = KCore()  # of what is learned from and measured; features know all events
     split: SplitSettings = TimeSplit()  # training wants one by time; `maple evaluate` measures the sources under any other
-    content: dict[str, ContentSettings] = Field(default_factory=dict)  # item vectors from texts, images or files, by name
+    content: dict[str, ContentSettings] = Field(default_factory=lambda: {"text": ContentSettings()})  # item vectors; {} = none
     features: FeatureSpec = FeatureSpec()  # views, half-lives, attributes, context; the history limit is the pipeline's
     pipeline: PipelineSettings | None = None  # default: all six sources and DCN-v2; repeats where purchases are the targets
     rows: RowSettings = RowSettings()
@@ -106,6 +106,18 @@ class RunConfig(Section):
             return self.pipeline
         repeats = "purchase" in targets
         return default_settings(repeats=repeats).with_(bought=list(targets))
+
+    def features_for(self, targets: Sequence[str], content: Mapping[str, ContentRef]) -> FeatureSpec:
+        """The feature spec: what a user is remembered by is the pipeline's to say, and vectors are what ``content`` made."""
+        limit = self.pipeline_for(targets).history_limit
+        if self.features.history_limit not in (limit, FeatureSpec().history_limit):
+            raise ConfigError(
+                f"features.history_limit is {self.features.history_limit} and that of the pipeline {limit}; a user must be the same events "
+                "for models and features, so write it in the pipeline alone"
+            )
+        if self.features.content:
+            raise ConfigError("features.content is made by the feature build; say under `content:` what is encoded")
+        return self.features.with_(history_limit=limit, content={name: ref.plain() for name, ref in content.items()})
 
 
 def run_config(path: str | None, data: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:

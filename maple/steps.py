@@ -15,7 +15,7 @@ from maple.config import maple_home
 from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
-from maple.features.spec import FeatureSpec
+from maple.features.spec import ContentRef
 from maple.models.base import FitContext
 from maple.models.content.items import content_vectors
 from maple.run import SIMULATED, RunConfig, StepResult
@@ -54,15 +54,11 @@ def features(config: RunConfig, say: Say) -> StepResult:
     from maple.features.build_ray import build
 
     content = content_vectors(snapshot.items(), config.content, FitContext(config.seed, config.threads), say)
-    refs = {name: {"dim": vectors.dim, "digest": vectors.digest} for name, vectors in content.items()}
-    built = build(snapshot, _spec(config, snapshot).with_(content=refs), home, say, content)
+    refs = {name: ContentRef(dim=vectors.dim, digest=vectors.digest) for name, vectors in content.items()}
+    built = build(snapshot, config.features_for(snapshot.targets, refs), home, say, content)
     spec = built.spec
     summary = f"{built.num_rows:,} point-in-time rows, {len(spec.views)} views, {len(spec.columns)} columns"
     return StepResult(summary, facts={"features": built.name, "digest": built.digest})
-
-
-def _spec(config: RunConfig, snapshot: Snapshot) -> FeatureSpec:
-    return config.features.with_(history_limit=config.pipeline_for(snapshot.targets).history_limit)
 
 
 Step = Callable[[RunConfig, Say], StepResult]

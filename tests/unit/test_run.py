@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from maple import demo
 from maple.errors import ConfigError
 from maple.evaluate.harness import CatalogueStats, Evaluation, Recommend, Relevant, evaluate
+from maple.features.spec import ContentRef
 from maple.recommend.settings import PipelineSettings
 from maple.run import RunConfig, merged, run_config
 
@@ -237,3 +238,16 @@ def test_the_demos_verdict_holds_for_what_was_measured() -> None:
     without = demo._verdict(measured("pipeline", "good"), "pipeline")
     assert "times" not in without
     assert "The best source alone, good," in without
+
+
+def test_features_remember_what_the_pipeline_does() -> None:
+    refs = {"text": ContentRef(dim=3, digest="d")}
+    page = {"features": {"half_lives": [2.0], "attributes": {"user": ["age"]}, "together": None}}
+    spec = RunConfig.parse(page, "run").features_for(["purchase"], refs)
+    assert (spec.half_lives, spec.attributes.user, spec.together, spec.content) == ((2.0,), ("age",), None, refs)
+    assert spec.history_limit == RunConfig().pipeline_for(["purchase"]).history_limit
+    assert RunConfig.parse(RunConfig().plain(), "again").features_for(["purchase"], {}).content == {}
+    with pytest.raises(ConfigError, match="write it in the pipeline alone"):
+        RunConfig.parse({"features": {"history_limit": 7}}, "run").features_for(["purchase"], {})
+    with pytest.raises(ConfigError, match="under `content:`"):
+        RunConfig.parse({"features": {"content": {"x": {"dim": 1, "digest": "d"}}}}, "run").features_for(["purchase"], {})
