@@ -491,7 +491,7 @@ def test_features_of_another_snapshot_are_not_trained_on(maple: Maple, shop: Pat
 
 
 def test_a_snapshot_with_a_flipped_bit(maple: Maple, shop: Path) -> None:
-    (path,) = (shop / "snapshots").glob("*/events/*.parquet")
+    (path,) = (shop / "snapshots").glob("*/events/*/*.parquet")
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
     for arguments in (("recommend", "u00001"), ("train",)):
