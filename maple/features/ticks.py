@@ -115,10 +115,16 @@ class ItemTimeline:
         """The timeline of a whole data set at once."""
         return ItemTimeline.of([partials(data, spec)], spec, Catalogue.of(data))
 
+    def items(self) -> Int32:
+        """The item code of every row, int32[P]."""
+        return np.repeat(np.arange(len(self.catalogue), dtype=np.int32), np.diff(self.offsets))
+
     def table(self) -> pa.Table:
         """As rows to store: item_id (dictionary), tick int64, state double[W] where there are slots; ``joined`` is the inverse."""
-        codes = np.repeat(np.arange(len(self.catalogue), dtype=np.int32), np.diff(self.offsets))
-        columns = {"item_id": pa.DictionaryArray.from_arrays(pa.array(codes), self.catalogue.items.ids), "tick": pa.array(self.ticks)}
+        columns = {
+            "item_id": pa.DictionaryArray.from_arrays(pa.array(self.items()), self.catalogue.items.ids),
+            "tick": pa.array(self.ticks),
+        }
         if width := self.state.shape[1]:
             columns["state"] = pa.FixedSizeListArray.from_arrays(pa.array(self.state.ravel()), width)
         return pa.table(columns)
