@@ -87,12 +87,16 @@ class LiveParts(Parts):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LiveBundle(Bundle):
-    """``base`` with live items by code. ``until``: the microsecond from which it is out of date by itself (a promotion starts or
-    ends), None = never."""
+    """``base`` with live items by code, as of a ``version`` of these.
+
+    ``until``: the microsecond from which it is out of date by itself, as a promotion starts or ends; None = never.
+    """
 
     base: Bundle
     live: Mapping[int, LiveItem]
+    version: int
     until: int | None
+    content: Mapping[str, Float32]  # of new items, a row each: their content vectors
 
     @property
     def num_new(self) -> int:
@@ -111,20 +115,18 @@ class LiveBundle(Bundle):
 
     @cached_property
     def extras(self) -> Extras:
-        if not self.num_new:
-            return self.base.extras
-        return self.base.extras.extended(self._new_items, vectors_of(self.base.extras.content, self._new_items))
+        return self.base.extras.extended(self._new_items, self.content) if self.num_new else self.base.extras
 
     @cached_property
     def _new_items(self) -> pa.Table:
         """What was said of the new items, as a table in code order."""
+        return _table(self.parts.item_columns, self.new)
+
+    @cached_property
+    def new(self) -> list[LiveItem]:
+        """The new items in code order."""
         known = len(self.base.space.items)
-        columns = self.parts.item_columns
-        new = [item for code, item in sorted(self.live.items()) if code >= known]
-        said = [{**item.attributes, **_values(item, 0)} for item in new]
-        kinds = {name: columns.kind(name) for name in columns.names}
-        table = {name: _typed([one.get(name) for one in said], kind) for name, kind in kinds.items()}
-        return pa.table({"item_id": self.space.items.ids[known:], **table})
+        return [item for code, item in self.live.items() if code >= known]
 
     @cached_property
     def item_reader(self) -> ItemColumnsReader:
@@ -144,14 +146,17 @@ class LiveBundle(Bundle):
         return {code: item.category for code, item in self.live.items() if code >= known and item.category}
 
 
-def live_bundle(bundle: Bundle, view: LiveView, now: int) -> LiveBundle:
-    """The bundle with the live items of a view as they are at a time (microseconds). Milliseconds, for thousands of live items."""
+def live_bundle(bundle: Bundle, view: LiveView, now: int, before: LiveBundle | None = None) -> LiveBundle:
+    """The bundle with the live items of a view as they are at a time (microseconds). Milliseconds, for thousands of live items.
+
+    ``before``: the same bundle over an earlier view; what is slow to make (content vectors) is taken from it where nothing changed.
+    """
     items = sorted(view.items.values(), key=lambda item: item.number)
     known = bundle.space.items
     codes = known.encode([item.item_id for item in items])
     new = [item.item_id for item, code in zip(items, codes.tolist(), strict=True) if code < 0]
     codes[codes < 0] = np.arange(len(known), len(known) + len(new), dtype=np.int32)
-    live = dict(zip(codes.tolist(), items, strict=True))
+    live = dict(sorted(zip(codes.tolist(), items, strict=True)))
     vocab = known.extended(pa.array(new, pa.string())) if new else known
     parts = bundle.parts
     columns = PatchedColumns(parts.item_columns, len(vocab), _patches(parts.item_columns, live, now))
@@ -164,8 +169,35 @@ def live_bundle(bundle: Bundle, view: LiveView, now: int) -> LiveBundle:
         LiveParts(
             parts.settings, space, parts.sources, parts.popular, parts.ranker, parts.ranker_columns, newcomers, base=parts, columns=columns
         ),
-        bundle.about, bundle.features, bundle.canaries, bundle.digest, base=bundle, live=live, until=next_change(items, now),
+        bundle.about, bundle.features, bundle.canaries, bundle.digest,
+        base=bundle, live=live, version=view.version, until=next_change(items, now),
+        content=_content(bundle, columns, [item for code, item in live.items() if code >= len(known)], before),
     )  # fmt: skip
+
+
+def _content(bundle: Bundle, columns: ItemColumns, new: Sequence[LiveItem], before: LiveBundle | None) -> dict[str, Float32]:
+    """The content vectors of new items, of those encoded that have changed since ``before``."""
+    contents = bundle.extras.content
+    if not contents or not new:
+        return {}
+    had = {} if before is None else {(item.item_id, item.version): row for row, item in enumerate(before.new)}
+    rows = np.array([had.get((item.item_id, item.version), -1) for item in new])
+    fresh = np.flatnonzero(rows < 0)
+    encoded = vectors_of(contents, _table(columns, [new[place] for place in fresh.tolist()])) if len(fresh) else {}
+    out = {name: np.zeros((len(new), content.dim), np.float32) for name, content in contents.items()}
+    for name, vectors in out.items():
+        if before is not None and had:
+            vectors[rows >= 0] = before.content[name][rows[rows >= 0]]
+        if len(fresh):
+            vectors[fresh] = encoded[name]
+    return out
+
+
+def _table(columns: ItemColumns, new: Sequence[LiveItem]) -> pa.Table:
+    """What was said of new items, in the columns of the catalogue."""
+    said = [{**item.attributes, **_values(item, 0)} for item in new]
+    table = {name: _typed([one.get(name) for one in said], columns.kind(name)) for name in columns.names}
+    return pa.table({"item_id": pa.array([item.item_id for item in new], pa.string()), **table})
 
 
 def promoted(item: LiveItem, now: int) -> bool:

@@ -1,7 +1,7 @@
 """The live catalogue of one process: read by polling, laid over the bundles that are held, changed through the API.
 
-Every process of a service has one. A change is durable before it is answered, at once visible where it was made, and everywhere else
-within a poll. What is read is kept when the store cannot be reached; nobody is refused for that.
+Every process of a service has one. A change is durable before it is answered, and counts everywhere within a poll: mostly within
+milliseconds where it was made. What is read is kept when the store cannot be reached; nobody is refused for that.
 """
 
 from __future__ import annotations
@@ -59,27 +59,36 @@ class LiveCatalogue:
             self.seen = Seen(view, self.seen.stamp + 1, next_change(view.items.values(), now))
             return True
 
-    def over(self, bundle: Bundle) -> tuple[LiveBundle, int]:
-        """A bundle over the live items, and the stamp of what it was laid under."""
+    def over(self, bundle: Bundle, before: LiveBundle | None = None) -> tuple[LiveBundle, int]:
+        """A bundle over the live items, and the stamp of what it was laid under. ``before``: the same over earlier ones."""
         seen = self.seen
-        return live_bundle(bundle, seen.view, self.now()), seen.stamp
+        return live_bundle(bundle, seen.view, self.now(), before), seen.stamp
 
     def close(self) -> None:
         self.items.close()
 
 
 class Poller:
-    """Calls a function in a thread of its own every so many seconds, less often where it takes long; an error is logged once in a row."""
+    """Calls a function in a thread of its own, every so many seconds and when woken, however often, with pauses that bound its share of
+    the process's time. An error is logged once in a row."""
 
     def __init__(self, function: Callable[[], object], seconds: float) -> None:
         self._function, self._seconds = function, seconds
-        self._stop = threading.Event()
+        self._stop, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="maple-live", daemon=True)
         self._thread.start()
 
+    def wake(self) -> None:
+        """Call it soon."""
+        self._wake.set()
+
     def _loop(self) -> None:
-        wait, failing = self._seconds, False
-        while not self._stop.wait(wait):
+        pause, failing = 0.0, False
+        while True:
+            self._wake.wait(max(self._seconds - pause, 0.0))
+            if self._stop.is_set():
+                return
+            self._wake.clear()
             started = time.monotonic()
             try:
                 self._function()
@@ -88,19 +97,21 @@ class Poller:
                 if not failing:
                     log.warning("the live catalogue could not be read, going on with what is known: %s: %s", type(error).__name__, error)
                 failing = True
-            wait = max(self._seconds, (time.monotonic() - started) * (1 / SHARE - 1))
+            pause = (time.monotonic() - started) * (1 / SHARE - 1)
+            self._stop.wait(pause)
 
     def close(self) -> None:
         """Stop; returns when a call that runs has ended."""
         self._stop.set()
+        self._wake.set()
         self._thread.join()
 
 
 class Items:
-    """The endpoints of single items. ``bundle``: the one that answers now; ``refresh``: read the live items again, here and now."""
+    """The endpoints of single items. ``bundle``: the one that answers now; ``changed``: called after a change."""
 
-    def __init__(self, door: Door, items: Callable[[], LiveItems], bundle: Callable[[], LiveBundle], refresh: Callable[[], object]) -> None:
-        self.door, self.items, self.bundle, self.refresh = door, items, bundle, refresh
+    def __init__(self, door: Door, items: Callable[[], LiveItems], bundle: Callable[[], LiveBundle], changed: Callable[[], object]) -> None:
+        self.door, self.items, self.bundle, self.changed = door, items, bundle, changed
 
     async def put(self, item_id: str, changes: ItemChanges, call: Call) -> dict[str, Any]:
         """Change what is known of an item, or add one."""
@@ -128,7 +139,7 @@ class Items:
 
     def _put(self, item_id: str, changes: ItemChanges) -> LiveItem:
         item = self.items().put(item_id, changes.given())
-        self.refresh()
+        self.changed()
         return item
 
     def _withdraw(self, item_id: str) -> LiveItem:
@@ -136,7 +147,7 @@ class Items:
         if self.bundle().base.space.items.encode([item_id])[0] < 0 and items.get(item_id) is None:
             raise _unknown()
         item = items.delete(item_id)
-        self.refresh()
+        self.changed()
         return item
 
     def _told(self, item: LiveItem | None, call: Call, item_id: str = "") -> dict[str, Any]:

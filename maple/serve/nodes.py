@@ -95,12 +95,20 @@ class Shelf(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """The pipeline of a bundle over the live catalogue, and how many items that has; ``stamp``: of which state of it."""
+    """A bundle over the live catalogue, and its pipeline; ``stamp``: of which state of the catalogue."""
 
-    base: Bundle
+    bundle: LiveBundle
     pipeline: Pipeline
-    size: int
     stamp: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Over what an ingress asks: a bundle, with at least a version of the live items, of which it knows ``size`` with the bundle's own."""
+
+    digest: str
+    version: int
+    size: int
 
 
 class Segments:
@@ -128,35 +136,39 @@ class Segments:
 
     def refresh(self) -> None:
         """Read the live items; if they have changed, the next run sees them."""
-        if self.live.poll():
-            self._take(self.ready, "", 0)
+        with self._turn:
+            if self.live.poll():
+                self._place(self.ready)
 
-    def _over(self, bundle: Bundle) -> Laid:
-        over, stamp = self.live.over(bundle)
-        return Laid(bundle, over.pipeline(observer=self.meter), len(over.space.items), stamp)
+    def _over(self, bundle: Bundle, before: LiveBundle | None = None) -> Laid:
+        over, stamp = self.live.over(bundle, before)
+        return Laid(over, over.pipeline(observer=self.meter), stamp)
 
     def _take(self, ready: Mapping[str, Laid], serving: str, generation: int) -> None:
         with self._turn:
-            stamp = self.live.seen.stamp
-            self.ready = {digest: laid if laid.stamp == stamp else self._over(laid.base) for digest, laid in ready.items()}
+            self._place(ready)
 
-    async def run(self, digest: str, size: int, queries: Sequence[Query], candidates: Candidates, seconds: float | None) -> SegmentResult:
+    def _place(self, ready: Mapping[str, Laid]) -> None:
+        stamp = self.live.seen.stamp
+        self.ready = {digest: laid if laid.stamp == stamp else self._over(laid.bundle.base, laid.bundle) for digest, laid in ready.items()}
+
+    async def run(self, asked: Asked, queries: Sequence[Query], candidates: Candidates, seconds: float | None) -> SegmentResult:
         """The segment's result within ``seconds`` from now; clocks of different machines are never compared.
 
-        ``size``: how many items the asking replica knows. It may have read the live items earlier or later than this one: what it does
-        not know is not proposed to it, and what it knows better is read first.
+        The asking replica may have read the live items earlier or later than this one: what it has read is read here first, and items
+        that it does not know are not proposed to it.
         """
         deadline = None if seconds is None else Deadline.after(seconds)
         loop = asyncio.get_running_loop()
-        laid = self.ready.get(digest)
-        if laid is not None and laid.size < size:
+        laid = self.ready.get(asked.digest)
+        if laid is not None and laid.bundle.version < asked.version:
             await loop.run_in_executor(self.threads, self.refresh)
-            laid = self.ready.get(digest)
-        if laid is None or laid.size < size:
-            raise ServeError(f"this replica does not hold bundle {digest[:12]} with {size} items")
+            laid = self.ready.get(asked.digest)
+        if laid is None or laid.bundle.version < asked.version:
+            raise ServeError(f"this replica does not hold bundle {asked.digest[:12]} with version {asked.version} of the live items")
         result = await loop.run_in_executor(self.threads, laid.pipeline.run_segment, self.step, queries, candidates, deadline)
         got = result.candidates
-        return replace(result, candidates=got.keep(got.items < size, self.step, "newer than the asking replica"))
+        return replace(result, candidates=got.keep(got.items < asked.size, self.step, "newer than the asking replica"))
 
 
 class Ingress:
@@ -169,8 +181,8 @@ class Ingress:
             handles = {"retrieve": candidates, "rank": ranker}
 
         def remote(bundle: LiveBundle) -> Mapping[Segment, RemoteSegment] | None:
-            digest, size = str(bundle.digest), len(bundle.space.items)
-            return {name: far(handle, digest, size, with_state=name == "rank") for name, handle in handles.items()} or None
+            asked = Asked(str(bundle.digest), bundle.version, len(bundle.space.items))
+            return {name: far(handle, asked, with_state=name == "rank") for name, handle in handles.items()} or None
 
         self.service = LocalService(settings, lambda folder: open_store(settings, folder), remote=remote, meter=RayMeter())
         self.shelf: Shelf[Held] = Shelf(settings, self.service.prepare, self.service.hold)
@@ -188,13 +200,13 @@ class Ingress:
         return self.shelf.state()
 
 
-def far(handle: DeploymentHandle, digest: str, size: int, *, with_state: bool) -> RemoteSegment:
-    """A segment on another deployment, over ``size`` items. User states travel only where features are read."""
+def far(handle: DeploymentHandle, asked: Asked, *, with_state: bool) -> RemoteSegment:
+    """A segment on another deployment. User states travel only where features are read."""
     method = handle.options(method_name="run")
 
     async def call(queries: Sequence[Query], candidates: Candidates, deadline: Deadline | None) -> SegmentResult:
         sent = queries if with_state else [replace(query, state=None) for query in queries]
-        result: SegmentResult = await method.remote(digest, size, sent, candidates, None if deadline is None else deadline.left())
+        result: SegmentResult = await method.remote(asked, sent, candidates, None if deadline is None else deadline.left())
         return result
 
     return call

@@ -111,7 +111,9 @@ class LocalService:
         self.open_items = open_items or partial(open_live, settings)
         self.meter: Meter = meter or NoMeter()
         self.door = Door(settings.max_in_flight, self.meter)
-        self.items = Items(self.door, lambda: self._opened().live.items, lambda: self._current().bundle, self.refresh)
+        self.items = Items(
+            self.door, lambda: self._opened().live.items, lambda: self._current().bundle, lambda: self._opened().poller.wake()
+        )
         self.people = People(self.door, lambda: self._opened().store, Place.at(settings.home), self._forget_answers)
         self.generation = 0
         self.failed: Callable[[], Mapping[str, str]] = dict  # digests that could not be loaded, and why; set by who loads
@@ -146,13 +148,13 @@ class LocalService:
         live.poll()
         return Stores(self.open_store(folder), live, Poller(self.refresh, self.settings.live_poll_s))
 
-    def _over(self, bundle: Bundle, folder: Folder | None = None) -> Held:
+    def _over(self, bundle: Bundle, before: Held | None = None) -> Held:
         """A bundle over the live catalogue as it is now."""
-        over, stamp = self._opened().live.over(bundle)
+        over, stamp = self._opened().live.over(bundle, None if before is None else before.bundle)
         pipeline = over.pipeline(observer=self.meter)
         answer = partial(self._run, pipeline, self.remote(over))
         batcher = Batcher(answer, max_batch=self.settings.max_batch, workers=self.settings.runs)
-        return Held(str(bundle.digest), over, stamp, pipeline, folder or folder_of(bundle), batcher)
+        return Held(str(bundle.digest), over, stamp, pipeline, folder_of(bundle) if before is None else before.folder, batcher)
 
     def _warm_up(self, held: Held) -> None:
         """Ask for a user with a history and one without: what compiles, maps or connects on first use does it now."""
@@ -178,17 +180,15 @@ class LocalService:
 
     def refresh(self) -> None:
         """Read the live items; if they have changed, the next request sees them. Any thread."""
-        if self._opened().live.poll():
-            self.meter.on_live("changed")
-            with self._turn:
+        with self._turn:
+            if self._opened().live.poll():
+                self.meter.on_live("changed")
                 if self._serving is not None:
                     self._place(self._held, self._serving.digest)
 
     def _place(self, ready: Mapping[str, Held], serve: str) -> None:
         stamp = self._opened().live.seen.stamp
-        self._held = {
-            digest: held if held.stamp == stamp else self._over(held.bundle.base, held.folder) for digest, held in ready.items()
-        }  # fmt: skip
+        self._held = {digest: held if held.stamp == stamp else self._over(held.bundle.base, held) for digest, held in ready.items()}
         self._serving = self._held[serve]
 
     def _opened(self) -> Stores:

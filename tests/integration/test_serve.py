@@ -10,15 +10,17 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pyarrow as pa
 import pytest
 from taste_shop import group, publish, publish_ranked
 
 from maple.artifacts import Place
+from maple.data.tombstones import Tombstones
 from maple.errors import ConfigError, ServeError
 from maple.serve import deploy, rollout
 from maple.serve.client import ApiError, Client
@@ -48,11 +50,18 @@ def service(request: pytest.FixtureRequest, shop: tuple[Path, str, str], ray_loc
     home, first, second = shop
     store = home / f"{request.param}.sqlite"
     # Generous, because a test machine may be busy: what is late here is not what this test is about.
-    settings = {"home": str(home), "store": {"path": str(store)}, "deadline_ms": 5000.0}
+    settings = {"home": str(home), "store": {"path": str(store)}, "deadline_ms": 5000.0, "live_poll_s": 0.2}
     address = deploy.deploy(request.param, settings, deploy.Pointer(first, 1))
     yield address, home, first, second
     deploy.shutdown()
     assert deploy.where() is None
+
+
+def soon(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def bought(user: str, item: str) -> dict[str, Any]:
@@ -82,6 +91,54 @@ def test_answers_and_events(service: tuple[deploy.Address, Path, str, str]) -> N
         with pytest.raises(ApiError) as caught:
             client.similar("no such item")
         assert (caught.value.status, caught.value.kind) == (404, "unknown_item")
+
+
+def test_live_items_count_within_a_poll_in_every_deployment(service: tuple[deploy.Address, Path, str, str]) -> None:
+    address, _, first, _ = service
+    with Client(address.url) as client:
+
+        def slate(user: str, **fields: Any) -> list[dict[str, Any]]:
+            answer = client.recommend(user, 10, **fields)
+            assert (answer["bundle"], answer["degraded"], answer["path"][-3:]) == (first, [], ["retrieve", "rank", "finish"])
+            return list(answer["items"])
+
+        client.events([bought("livia", "i6"), bought("livia", "i10")])
+        best = slate("livia")[0]["item_id"]
+        new = f"new {address.port}"
+        assert client.put_item(new, {"category": "c2", "price": 5, "title": "Brand new"})["in_bundle"] is False
+        assert client.put_item(best, {"stock": 0})["stock"] == 0
+        soon(lambda: best not in {item["item_id"] for item in slate("livia")})
+        now = slate("livia")  # whoever works for the ingress has read what the ingress has
+        (found,) = [item for item in now if item["item_id"] == new]
+        assert (found["title"], found["source"], found["reason"]["text"]) == ("Brand new", "new items", "new in c2")
+        assert [item["item_id"] for item in slate("somebody", filters={"price": {"min": 4.999, "max": 5.001}})] == [new]
+        client.events([bought("livia", new)])
+        assert [item["reason"]["kind"] for item in slate("livia") if item["item_id"] == new] == ["again"]
+        client.withdraw_item(new)
+        client.put_item(best, {"stock": None})
+        soon(lambda: slate("livia")[0]["item_id"] == best)
+        assert new not in {item["item_id"] for item in slate("livia")}
+        live = client.info()["live"]
+        assert live["version"] >= 4
+        assert live["read_s"] < 60
+
+
+def test_people_are_described_joined_and_forgotten(service: tuple[deploy.Address, Path, str, str]) -> None:
+    address, home, _, _ = service
+    with Client(address.url) as client:
+        user, device = f"user {address.port}", f"device/{address.port}"
+        client.events([bought(user, "i6"), bought(device, "i10")])
+        assert client.describe_user(user, {"age": 30})["user_id"] == user
+        assert client.join(device, user)["changed"] >= 1
+        both = {item["reason"]["item_id"] for item in client.recommend(device, 20)["items"]}
+        assert {"i6", "i10"} <= both
+        assert client.part(device)["changed"] == 1
+        assert client.delete_user(user)["events"] == 1
+        assert client.recommend(user, 10)["path"][0] == "cold"
+        assert client.events([bought(user, "i14")])["accepted"] == 1
+        assert client.recommend(user, 10)["path"][:2] in (["cold", "retrieve"], ["cache", "cold"])
+        assert client.recommend(device, 10)["path"][0] != "cold"
+    assert Tombstones.of(Place.at(home)).covers(pa.array([user, device])).tolist() == [True, False]
 
 
 def test_garbage_is_refused_and_harms_nothing(service: tuple[deploy.Address, Path, str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,13 @@ import pyarrow as pa
 import pytest
 from taste_shop import END_US, dataset, group
 
+from maple.data.dataset import Float32
+from maple.features.content import ItemContent
+from maple.features.extras import Extras
 from maple.features.live_items import LiveItem
 from maple.features.spec import FeatureSpec
 from maple.models.base import FitContext
+from maple.recommend import live as live_module
 from maple.recommend.bundle import Bundle, ItemFeatures, Recommendation
 from maple.recommend.filters import FilterError
 from maple.recommend.live import LiveBundle, LiveView, live_bundle, next_change, promoted
@@ -181,6 +186,26 @@ def test_features_read_live_prices_and_know_nothing_of_new_items(bundle: Bundle)
     assert over.folder is not None
     assert bundle.folder is not None
     assert over.folder.digest == bundle.folder.digest
+
+
+def test_content_vectors_of_new_items_are_made_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def vectors_of(contents: Mapping[str, ItemContent], items: pa.Table) -> dict[str, Float32]:
+        asked.append(items["item_id"].to_pylist())
+        return {name: np.array([[len(title)] * 2 for title in items["title"].to_pylist()], np.float32) for name in contents}
+
+    monkeypatch.setattr(live_module, "vectors_of", vectors_of)
+    content = {"text": ItemContent(np.ones((KNOWN, 2), np.float32), {}, {})}
+    assert bundle.features is not None
+    rich = replace(bundle, features=replace(bundle.features, extras=Extras(content=content)))
+    first = live(rich, item("n", title="one"), item("m", 1, title="three"))
+    view = LiveView().after(9, [item("n", title="one"), replace(item("m", 1, title="fourteen"), version=5), item("o", 7, title="x")])
+    second = live_bundle(rich, view, NOW, first)
+    assert asked == [["n", "m"], ["m", "o"]]
+    assert [vector.tolist() for vector in second.content["text"]] == [[3, 3], [8, 8], [1, 1]]
+    assert second.extras.newer_vectors["text"].tolist() == second.content["text"].tolist()
+    assert live_bundle(rich, LiveView(), NOW, second).content == {}
 
 
 def test_created_at_of_a_new_item_counts_as_fresh(bundle: Bundle) -> None:
