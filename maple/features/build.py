@@ -7,7 +7,6 @@ memory for one bucket or one shard, whatever their number. ``build_ray`` maps th
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from maple.artifacts import (
     write_file,
 )
 from maple.data.dataset import Dataset, Int64, Vocab, align
+from maple.data.shuffle import gather, scatter
 from maple.data.snapshot import Snapshot
 from maple.errors import ArtifactError, unknown_name
 from maple.features.catalogue import Catalogue
@@ -39,14 +39,14 @@ from maple.features.content import NO_CONTENT, ItemContent
 from maple.features.log_reader import LogReader
 from maple.features.page import listing, markdown
 from maple.features.spec import FeatureSpec
-from maple.features.ticks import PARTIALS as PARTIALS_SCHEMA
-from maple.features.ticks import ItemTimeline, partials
+from maple.features.ticks import PARTIALS, ItemTimeline, partials
 from maple.hashing import mix64, stable_hash
 from maple.schema import EVENT_TYPES, TIMESTAMP
 
 KIND = "features"
 ITEMS_FILE, PAGE_FILE = "items.arrow", "features.md"
-PARTIALS = "partials"  # the folder of the pieces between the two phases; gone when the features are finished
+BETWEEN = "partials"  # the folder of what lies between the two phases; gone when the features are finished
+SHARD = "_shard"
 #: What the features take of an event. Rows of a bucket are in the order of (timestamp, event_id), so the id itself is not needed.
 EVENT_COLUMNS = ("user_id", "item_id", "event", "timestamp", "value", "price")
 KEYS = ["user_id", "timestamp", "item_id", "event"]  # of a feature row
@@ -60,7 +60,7 @@ def rows_file(bucket: int) -> str:
 
 def partials_file(bucket: int) -> str:
     """Where what a bucket's users do to the items lies: an Arrow file with one record batch per shard."""
-    return f"{PARTIALS}/bucket={bucket:05d}.arrow"
+    return f"{BETWEEN}/bucket={bucket:05d}.arrow"
 
 
 def ticks_file(shard: int) -> str:
@@ -119,11 +119,14 @@ def target_rows(data: Dataset, spec: FeatureSpec, catalogue: Catalogue) -> pa.Ta
 def build_bucket(plan: Plan, bucket: int) -> Made:
     """First phase: a bucket's feature rows (no file for an empty bucket), and its partials for ``build_shard``."""
     events = plan.snapshot.events([bucket], EVENT_COLUMNS)
+    place = plan.folder / partials_file(bucket)
     if events.num_rows == 0:
-        _write_partials(plan, bucket, PARTIALS_SCHEMA.empty_table())
+        scatter(place, PARTIALS, (), SHARD, plan.num_shards, 1)
         return Made()
     data = Dataset.from_tables(events, plan.items, targets=plan.snapshot.targets)
-    _write_partials(plan, bucket, partials(data, plan.spec))
+    part = partials(data, plan.spec)
+    part = part.append_column(SHARD, pa.array(_shards(plan, part["item_id"])))
+    scatter(place, PARTIALS, [part], SHARD, plan.num_shards, part.num_rows)
     rows = target_rows(data, plan.spec, Catalogue.of(data))
     return Made((write_file(plan.folder, rows_file(bucket), _rows_bytes(rows), rows.num_rows),))
 
@@ -135,18 +138,6 @@ def _rows_bytes(rows: pa.Table) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _write_partials(plan: Plan, bucket: int, table: pa.Table) -> None:
-    shard = _shards(plan, table["item_id"])
-    order = np.argsort(shard, kind="stable")
-    edges = np.searchsorted(shard[order], np.arange(plan.num_shards + 1))
-    batch = pa.record_batch([column.combine_chunks() for column in table.take(pa.array(order)).columns], schema=table.schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        for start, stop in itertools.pairwise(edges):
-            writer.write_batch(batch.slice(start, stop - start))
-    (plan.folder / partials_file(bucket)).write(sink.getvalue().to_pybytes())
-
-
 def _shards(plan: Plan, ids: pa.ChunkedArray) -> Int64:
     """The shard of each item: by its place in the item table, or by its id where it is not there."""
     rows = pc.index_in(ids, value_set=plan.items["item_id"].cast(pa.string()).combine_chunks())
@@ -156,15 +147,10 @@ def _shards(plan: Plan, ids: pa.ChunkedArray) -> Int64:
     return np.asarray(out % np.uint64(plan.num_shards)).astype(np.int64)
 
 
-def _read_partials(plan: Plan, bucket: int, shard: int) -> pa.RecordBatch:
-    place = plan.folder / partials_file(bucket)
-    with place.fs.open_input_file(place.path) as file:
-        return pa.ipc.open_file(file).get_batch(shard)
-
-
 def build_shard(plan: Plan, shard: int) -> Made:
     """Second phase: the timeline of a shard's items, from the partials of all buckets in their order."""
-    table = pa.Table.from_batches([_read_partials(plan, bucket, shard) for bucket in range(plan.snapshot.num_buckets)])
+    places = [plan.folder / partials_file(bucket) for bucket in range(plan.snapshot.num_buckets)]
+    table = gather(places, PARTIALS, shard, plan.num_shards)
     if table.num_rows == 0:
         return Made()
     ids = Vocab.of(table["item_id"])
@@ -277,7 +263,7 @@ def publish(todo: Plan, home: Place, made: Iterable[Made], content: Mapping[str,
     for name, vectors in content.items():
         data = vectors.aligned(todo.items["item_id"], ids).to_bytes()
         files.append(write_file(todo.folder, content_file(name), data, len(ids)))
-    (todo.folder / PARTIALS).delete()
+    (todo.folder / BETWEEN).delete()
     meta = json.loads(json.dumps({"snapshot": todo.snapshot.digest, "spec": todo.spec.plain(), "spec_digest": todo.spec.digest}))
     meta["content"] = {name: dict(vectors.plain) for name, vectors in content.items()}
     manifest = seal(todo.folder, KIND, meta, files)
