@@ -18,6 +18,7 @@ from maple.data.etl import bucket_of
 from maple.data.snapshot import Snapshot
 from maple.data.splits import Boundaries
 from maple.errors import ConfigError, MapleError
+from maple.features.attributes import plain_rows
 from maple.features.folder import Folder
 from maple.features.store import events_of, rows_of
 from maple.learn import Material, TrainedRun
@@ -179,11 +180,19 @@ def recommend(user: str, k: int) -> tuple[list[str], list[list[str]], str]:
         folder = Folder(bundle.features.spec, bundle.catalogue)
         (state,) = folder.advance([folder.empty(user)], rows_of([events]))
     now = (events[-1].timestamp if events else int(time.time() * 1e6)) + 1
-    query = bundle.query(user, now=now, k=k, history=[(event.item_id, event.event, event.timestamp) for event in events], state=state)
+    history = [(event.item_id, event.event, event.timestamp) for event in events]
+    query = bundle.query(user, now=now, k=k, history=history, state=state, attributes=_attributes(snapshot, user))
     (answer,) = bundle.decode(bundle.pipeline().run([query], explain=True))
     rows = [[each.item_id, each.title or "", f"{each.score:.3f}", each.source or "", each.reason.text] for each in answer]
     note = f"{len(events):,} events known" if events else "no events known of this user: what is popular"
     return ["item", "title", "score", "source", "why"], rows, note
+
+
+def _attributes(snapshot: Snapshot, user: str) -> dict[str, Any]:
+    users = snapshot.users()
+    if users is None:
+        return {}
+    return dict(next((row for _, row in plain_rows(users.filter(pc.equal(users["user_id"], user)))), {}))
 
 
 def serve(config: RunConfig, say: Say) -> StepResult:
@@ -213,6 +222,7 @@ def serve_settings(config: RunConfig, home: Place) -> dict[str, Any]:
 
 
 def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: Say) -> None:
+    from maple.serve.people import load_people
     from maple.serve.settings import ServeSettings
     from maple.serve.stores import open_store
 
@@ -230,6 +240,7 @@ def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: S
         for bucket in range(snapshot.num_buckets):
             count += store.backfill(snapshot.events([bucket]))
             say(f"online store: {count:,} events")
+        load_people(store, snapshot, say)
     finally:
         store.close()
     mark.write(json.dumps(done).encode())

@@ -202,7 +202,10 @@ class RecommendationRequest(Wire):
         Field(max_length=16, description="item column -> accepted values, or a range of a numeric one or a time"),
     ] = {}
     context: Annotated[Context, Field(description="anything about this request: device, page, place")] = {}
-    attributes: Annotated[Attributes, Field(description="of the user; for this request they win over the stored ones")] = {}
+    attributes: Annotated[
+        Attributes,
+        Field(description="of the user; for this request they win over the stored ones, and with a `history` they are all there are"),
+    ] = {}
 
 
 class EventIn(Wire):

@@ -104,6 +104,25 @@ def _value(value: Any) -> Any:
     )
 
 
+def load_people(store: OnlineStore, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    """What a snapshot knows of people besides their events, into the online store: attributes, and the devices that are theirs.
+
+    What the store was told of a user since stays; devices that are shared by too many are left on their own, as in the snapshot.
+    """
+    users = snapshot.users()
+    if users is not None:
+        say(f"online store: {store.backfill_users(users):,} users described")
+    edges = snapshot.identities()
+    if edges is None:
+        return
+    told = edges.group_by("user_id").aggregate([("device_id", "distinct")])
+    joined = 0
+    for user, devices in zip(told["user_id"].to_pylist(), told["device_id_distinct"].to_pylist(), strict=True):
+        with contextlib.suppress(DataError):
+            joined += store.merge(sorted(devices), user)
+    say(f"online store: {joined:,} devices are users'")
+
+
 def export_events(store: OnlineStore, home: Place, path: Path) -> int:
     """Write all events of an online store to a Parquet file in the EVENTS layout, whole or not at all; returns how many.
 

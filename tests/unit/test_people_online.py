@@ -10,17 +10,20 @@ from typing import Any
 
 import httpx
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shop import Happening, snapshot
 from taste_shop import publish
 
 from maple.artifacts import Place
+from maple.data.ingest import ingest_local
+from maple.data.sources import SourceConfig
 from maple.data.tombstones import Tombstones
 from maple.errors import ServeError
 from maple.features.store_sqlite import SqliteStore
 from maple.recommend.bundle import load
 from maple.serve.http import create_app
-from maple.serve.people import folds_nothing, forget, stored
+from maple.serve.people import folds_nothing, forget, load_people, stored
 from maple.serve.service import LocalService
 from maple.serve.settings import ServeSettings
 from maple.serve.stores import open_store
@@ -136,6 +139,37 @@ def test_what_cannot_be_kept_is_refused_and_what_fails_is_said(service: LocalSer
     refused = ask(service, "DELETE", "/v1/users/emil", status=503)
     assert refused["error"]["type"] == "not_stored"
     assert "disk" not in json.dumps(refused)
+
+
+def test_what_a_snapshot_knows_of_people_is_loaded(tmp_path: Path) -> None:
+    for name, rows in {
+        "events": {"user": ["tv", "ann", "pad"], "item": ["i1", "i2", "i3"], "at": [1_700_000_000, 1_700_000_001, 1_700_000_002]},
+        "users": {"user": ["ann", "bob"], "age": [30, 40]},
+        "devices": {"device": ["tv", "pad"], "user": ["ann", "ann"]},
+    }.items():
+        pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    page = {
+        "name": "home",
+        "events": {
+            "path": "events.parquet", "columns": {"user_id": "user", "item_id": "item", "timestamp": "at"}, "constants": {"event": "view"},
+            "clock": {"unit": "s"},
+        },
+        "users": {"path": "users.parquet", "columns": {"user_id": "user"}, "keep": ["age"]},
+        "identities": {"path": "devices.parquet", "columns": {"device_id": "device", "user_id": "user"}},
+    }  # fmt: skip
+    shot = ingest_local(SourceConfig.parse(page, "page"), Place.at(tmp_path), Place.at(tmp_path / "home"))
+    store = SqliteStore(tmp_path / "online.sqlite", folds_nothing())
+    store.describe("ann", {"age": 31})
+    store.backfill(shot.events())
+    said: list[str] = []
+    for _ in range(2):
+        load_people(store, shot, said.append)
+    assert store.attributes("ann") == {"age": 31}, "what was said since stays"
+    assert store.attributes("bob") == {"age": 40}
+    assert store.aliases("tv") == ["ann", "pad", "tv"]
+    assert store.get(["pad"])["pad"].items == ("i1", "i2", "i3")
+    assert said[1:] == ["online store: 2 devices are users'", said[2], "online store: 0 devices are users'"]
+    store.close()
 
 
 def test_everything_stored_about_a_person_is_shown(tmp_path: Path) -> None:
