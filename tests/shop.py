@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,6 +18,8 @@ from maple.data.ingest import ingest_local
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.features.fold import DAY
+from maple.features.log_reader import LogReader
+from maple.features.states import StateReader
 from maple.features.store import Event
 from maple.schema import EVENTS, TIMESTAMP
 
@@ -79,3 +84,8 @@ def snapshot(folder: Path, happenings: Sequence[Happening], rows_per_bucket: int
     }
     home = Place.at(folder / "home")
     return ingest_local(SourceConfig.parse(plain, "tiny"), Place.at(folder), home, rows_per_bucket=rows_per_bucket)
+
+
+def user_columns(reader: LogReader | StateReader, users: Any, now: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float32]]:
+    """The users' own features, of queries without candidates."""
+    return reader.columns(users, now, np.zeros(len(users) + 1, np.int64), np.empty(0, np.int32))[0]

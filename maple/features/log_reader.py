@@ -13,17 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maple.data.dataset import Dataset, Float32, Int32, Int64, ragged_take
+from maple.data.dataset import Dataset, Int32, Int64, ragged_take
 from maple.features.catalogue import Catalogue, EventColumns
 from maple.features.fold import Float64, scan
 from maple.features.marks import marked
 from maple.features.spec import FeatureSpec
-from maple.features.states import StateLayout, group_codes
-from maple.features.view import Entity, Key, ReadContext
+from maple.features.states import Columns, StateLayout, group_codes, user_features, user_item_features
+from maple.features.view import Entity, Key
 
 #: Events and candidates of the users that are read at once.
 CHUNK = 1 << 14
-Columns = dict[str, Float32]
 
 
 class LogReader:
@@ -35,14 +34,6 @@ class LogReader:
         self.catalogue = catalogue or Catalogue.of(data)
         self.layout = StateLayout(spec)
         assert len(self.catalogue) == len(data.items), "the catalogue and the data set must have the same item codes"
-
-    def user_columns(self, users: Int32, now: Int64) -> Columns:
-        """Columns float32[B]."""
-        return self.columns(users, now, np.zeros(len(users) + 1, np.int64), np.empty(0, np.int32))[0]
-
-    def user_item_columns(self, users: Int32, now: Int64, offsets: Int64, items: Int32) -> Columns:
-        """Columns float32[N]."""
-        return self.columns(users, now, offsets, items)[1]
 
     def columns(self, users: Int32, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
         """Columns float32[B] of the queries' users and float32[N] of their candidates, from one pass over the events."""
@@ -68,32 +59,13 @@ class LogReader:
         yield from np.split(order, heads[np.flatnonzero(np.diff(load // CHUNK, prepend=0))])
 
     def _read(self, users: Int64, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
-        spec, layout = self.spec, self.layout
         part = _Part.of(self, users)
         state, last = part.scan(Key.USER, users, now)
-        own: Columns = {}
-        for view in spec.of(Entity.USER):
-            own |= view.columns(ReadContext(view.layout[1], state[:, layout.places[view]], last, now))
-        paired: Columns = {}
-        if len(items) == 0:
-            return own, paired
         rows = np.repeat(np.arange(len(users)), np.diff(offsets))
-        listed, moment, last_of_user = self.catalogue.take(items), now[rows], last[rows]
-        codes = group_codes(items, listed)
-        matched: dict[Key, tuple[Float64, Int64]] = {}
-        for view in spec.of(Entity.USER_ITEM):
-            place, half_lives = layout.places[view], view.layout[1]
-            if view.key == Key.USER:
-                paired |= view.columns(ReadContext(half_lives, state[:, place][rows], last_of_user, moment, item=listed))
-                continue
-            if view.key not in matched:
-                matched[view.key] = part.match(view.key, users[rows], moment, codes[view.key])
-            held, held_last = matched[view.key]
-            total = total_last = None
-            if view.uses_total:
-                total, total_last = state[:, layout.total_places[view]][rows], last_of_user
-            paired |= view.columns(ReadContext(half_lives, held[:, place], held_last, moment, total, total_last, listed))
-        return own, paired
+        listed = self.catalogue.take(items)
+        codes, user, moment = group_codes(items, listed), users[rows], now[rows]
+        own = user_features(self.layout, state, last, now)
+        return own, user_item_features(self.layout, state, last, now, rows, listed, lambda key: part.match(key, user, moment, codes[key]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ Legend: B queries, N candidates (``offsets`` int64[B+1] says whose), K keys, W s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -25,6 +25,10 @@ from maple.features.view import Entity, Key, ReadContext, View
 
 #: A value of a user's attribute; a list holds tags.
 Attribute: TypeAlias = str | float | bool | Sequence[str] | None
+
+Columns: TypeAlias = dict[str, Float32]
+#: Fused states of a key for all candidates, float64[N, W], and their times.
+KeyedStates: TypeAlias = Callable[[Key], tuple[Float64, Int64]]
 
 #: The keys below a user that states are kept by, and that candidates are matched to.
 KEYED: tuple[Key, ...] = (Key.USER_ITEM, Key.USER_CATEGORY, Key.USER_BRAND)
@@ -64,6 +68,7 @@ class StateLayout:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self.half_life = spec.half_lives[-1]
+        self.views: dict[Entity, tuple[View, ...]] = {entity: spec.of(entity) for entity in (Entity.USER, Entity.USER_ITEM)}
         self.parts: dict[Key, tuple[View, ...]] = {Key.USER: spec.keyed(Key.USER), **{key: spec.keyed(key) for key in KEYED}}
         self.totals = tuple(view for key in KEYED for view in spec.keyed(key) if view.uses_total)
         wanted = {mark for view in self.parts[Key.USER] for mark in view.marks}
@@ -121,11 +126,11 @@ class Reader(Protocol):
     spec: FeatureSpec
     catalogue: Catalogue
 
-    def user_columns(self, users: Any, now: Int64) -> dict[str, Float32]:
-        """Columns float32[B] of the users' own features, each strictly before its ``now``."""
+    def columns(self, users: Any, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
+        """Columns float32[B] of the users' own features and float32[N] of each candidate with its query's user, strictly before ``now``.
 
-    def user_item_columns(self, users: Any, now: Int64, offsets: Int64, items: Int32) -> dict[str, Float32]:
-        """Columns float32[N] of each candidate with its query's user."""
+        -1 is an item that nothing is known of.
+        """
 
 
 class ItemColumnsReader(Protocol):
@@ -145,8 +150,40 @@ def context_columns(now: Int64) -> dict[str, Float32]:
 def hydrate(reader: Reader, item_reader: ItemColumnsReader, users: Any, now: Int64, offsets: Int64, items: Int32) -> dict[str, Float32]:
     """All feature columns of ragged candidates, float32[N] each, in the order of ``spec.columns``."""
     rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    out = {name: column[rows] for name, column in (context_columns(now) | reader.user_columns(users, now)).items()}
-    return out | reader.user_item_columns(users, now, offsets, items) | item_reader.item_columns(items, now[rows])
+    own, paired = reader.columns(users, now, offsets, items)
+    out = {name: column[rows] for name, column in (context_columns(now) | own).items()}
+    return out | paired | item_reader.item_columns(items, now[rows])
+
+
+def user_features(layout_: StateLayout, state: Float64, last: Int64, now: Int64) -> Columns:
+    """The features of users from their fused states, columns float32[B]."""
+    out: Columns = {}
+    for view in layout_.views[Entity.USER]:
+        out |= view.columns(ReadContext(view.layout[1], state[:, layout_.places[view]], last, now))
+    return out
+
+
+def user_item_features(
+    layout_: StateLayout, state: Float64, last: Int64, now: Int64, rows: Int64, item: ItemColumns, keyed: KeyedStates
+) -> Columns:
+    """The features of candidates, columns float32[N]: from the fused states of B users at their moments ``now``, of which ``rows``
+    int64[N] says whose a candidate is, and from what ``keyed`` finds of that user with the candidate's item, category or brand."""
+    moment, last_of_user = now[rows], last[rows]
+    found: dict[Key, tuple[Float64, Int64]] = {}
+    out: Columns = {}
+    for view in layout_.views[Entity.USER_ITEM]:
+        place, half_lives = layout_.places[view], view.layout[1]
+        if view.key == Key.USER:
+            out |= view.columns(ReadContext(half_lives, state[:, place][rows], last_of_user, moment, item=item))
+            continue
+        if view.key not in found:
+            found[view.key] = keyed(view.key)
+        held, held_last = found[view.key]
+        total = total_last = None
+        if view.uses_total:
+            total, total_last = state[:, layout_.total_places[view]][rows], last_of_user
+        out |= view.columns(ReadContext(half_lives, held[:, place], held_last, moment, total, total_last, item))
+    return out
 
 
 # -- online: the users of a request, from their folded states ----------------------------------------------------------
@@ -161,35 +198,15 @@ class StateReader:
         self.layout = StateLayout(spec)
         self._vocabs = {Key.USER_ITEM: catalogue.items, Key.USER_CATEGORY: catalogue.categories, Key.USER_BRAND: catalogue.brands}
 
-    def user_columns(self, users: Sequence[UserState], now: Int64) -> dict[str, Float32]:
-        """Columns float32[B]."""
+    def columns(self, users: Sequence[UserState], now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
+        """Columns float32[B] and float32[N]; see ``Reader``."""
         state, last = self._users(users)
-        out: dict[str, Float32] = {}
-        for view in self.spec.of(Entity.USER):
-            out |= view.columns(ReadContext(view.layout[1], state[:, self.layout.places[view]], last, now))
-        return out
-
-    def user_item_columns(self, users: Sequence[UserState], now: Int64, offsets: Int64, items: Int32) -> dict[str, Float32]:
-        """Columns float32[N]; -1 is an item that nothing is known of."""
         rows = np.repeat(np.arange(len(users)), np.diff(offsets))
-        user_state, user_last = self._users(users)
-        own = self.catalogue.take(items)
-        moment, last_of_user = now[rows], user_last[rows]
-        matched: dict[Key, tuple[Float64, Int64]] = {}
-        out: dict[str, Float32] = {}
-        for view in self.spec.of(Entity.USER_ITEM):
-            place, half_lives = self.layout.places[view], view.layout[1]
-            if view.key == Key.USER:
-                out |= view.columns(ReadContext(half_lives, user_state[:, place][rows], last_of_user, moment, item=own))
-                continue
-            if view.key not in matched:
-                matched[view.key] = self._match(view.key, users, rows, group_codes(items, own)[view.key])
-            state, last = matched[view.key]
-            total = total_last = None
-            if view.uses_total:
-                total, total_last = user_state[:, self.layout.total_places[view]][rows], last_of_user
-            out |= view.columns(ReadContext(half_lives, state[:, place], last, moment, total, total_last, own))
-        return out
+        listed = self.catalogue.take(items)
+        codes = group_codes(items, listed)
+        own = user_features(self.layout, state, last, now)
+        paired = user_item_features(self.layout, state, last, now, rows, listed, lambda key: self._match(key, users, rows, codes[key]))
+        return own, paired
 
     def _users(self, users: Sequence[UserState]) -> tuple[Float64, Int64]:
         if not users:

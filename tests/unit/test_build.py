@@ -45,7 +45,8 @@ def test_rows_are_what_the_log_says_at_each_target_event(tmp_path: Path) -> None
     now = np.asarray(rows["timestamp"].cast(pa.int64()))
     reader = LogReader(data, SPEC)
     offsets = np.arange(rows.num_rows + 1)
-    for name, column in (reader.user_columns(users, now) | reader.user_item_columns(users, now, offsets, items)).items():
+    own, paired = reader.columns(users, now, offsets, items)
+    for name, column in (own | paired).items():
         np.testing.assert_array_equal(np.asarray(rows[name]), column, err_msg=name)
 
 

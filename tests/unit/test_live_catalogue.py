@@ -73,7 +73,7 @@ def test_live_prices_are_read_and_change_neither_digest_nor_folds() -> None:
     assert folder.pack(states[0], "1") == folder.pack(states[1], "1")
     now, offsets = np.array([T0 + 2]), np.array([0, 2])
     asked = live.items.encode(["cup", "fork"])
-    columns = StateReader(spec, live).user_item_columns(states[:1], now, offsets, asked)
+    columns = StateReader(spec, live).columns(states[:1], now, offsets, asked)[1]
     level = np.log1p(8.0)  # what the user paid for the cup; nothing is known of what the fork cost
     np.testing.assert_allclose(columns["user_item.price.difference"], [np.log1p(4.0) - level, np.log1p(9.0) - level], rtol=1e-6)
     np.testing.assert_allclose(columns["user_item.bought.times"], np.log1p([1, 1]), rtol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shop import ITEMS, T0, Happening, offline, online
+from shop import ITEMS, T0, Happening, offline, online, user_columns
 
 from maple.data.dataset import Vocab
 from maple.features.catalogue import Catalogue
@@ -98,7 +98,7 @@ def test_an_unknown_item_counts_as_soon_as_a_catalogue_knows_it() -> None:
     known = ITEMS.slice(0, 1).set_column(0, "item_id", [["new thing"]])
     later = Catalogue.from_table(Vocab(known["item_id"].combine_chunks()), known)
     reader = StateReader(SPEC, later)
-    columns = reader.user_item_columns([folded()], np.array([T0 + 3 * DAY]), np.array([0, 2]), np.array([0, -1], np.int32))
+    columns = reader.columns([folded()], np.array([T0 + 3 * DAY]), np.array([0, 2]), np.array([0, -1], np.int32))[1]
     np.testing.assert_allclose(columns["user_item.bought.times"], [np.log(2), 0.0], rtol=1e-6)
 
 
@@ -109,13 +109,13 @@ def test_a_batch_of_users_reads_as_its_parts() -> None:
     now = T0 + np.array([3, 4, 5]) * DAY
     offsets = np.array([0, 3, 4, 8])
     items = np.array([0, 2, -1, 1, 3, 2, 2, 4], np.int32)
-    whole = reader.user_item_columns(states, now, offsets, items)
+    whole = reader.columns(states, now, offsets, items)[1]
     for row in range(3):
         some = slice(offsets[row], offsets[row + 1])
-        part = reader.user_item_columns(states[row : row + 1], now[row : row + 1], np.array([0, some.stop - some.start]), items[some])
+        part = reader.columns(states[row : row + 1], now[row : row + 1], np.array([0, some.stop - some.start]), items[some])[1]
         for name, column in part.items():
             np.testing.assert_array_equal(whole[name][some], column, err_msg=name)
-    assert len(reader.user_columns([], now[:0])["user.baskets.count"]) == 0
+    assert len(user_columns(reader, [], now[:0])["user.baskets.count"]) == 0
 
 
 def test_the_log_reader_reads_batches_as_single_queries() -> None:
@@ -126,20 +126,19 @@ def test_the_log_reader_reads_batches_as_single_queries() -> None:
     now = T0 + np.array([3, 1, 9, 4, 0]) * DAY
     offsets = np.array([0, 2, 5, 6, 6, 8])
     items = np.array([3, 2, 2, -1, 2, 0, 4, 0], np.int32)
-    whole = reader.user_item_columns(users, now, offsets, items)
-    own = reader.user_columns(users, now)
+    own, whole = reader.columns(users, now, offsets, items)
     for row in range(5):
         some = slice(offsets[row], offsets[row + 1])
-        part = reader.user_item_columns(users[row : row + 1], now[row : row + 1], np.array([0, some.stop - some.start]), items[some])
+        part = reader.columns(users[row : row + 1], now[row : row + 1], np.array([0, some.stop - some.start]), items[some])[1]
         for name, column in part.items():
             np.testing.assert_array_equal(whole[name][some], column, err_msg=name)
-        for name, column in reader.user_columns(users[row : row + 1], now[row : row + 1]).items():
+        for name, column in user_columns(reader, users[row : row + 1], now[row : row + 1]).items():
             np.testing.assert_array_equal(own[name][row : row + 1], column, err_msg=name)
 
 
 def test_a_clock_that_is_behind_does_not_make_sums_grow() -> None:
     reader = StateReader(SPEC, CATALOGUE)
-    then = reader.user_columns([folded()], np.array([T0 + 2 * DAY]))
-    before = reader.user_columns([folded()], np.array([T0 - 9 * DAY]))
+    then = user_columns(reader, [folded()], np.array([T0 + 2 * DAY]))
+    before = user_columns(reader, [folded()], np.array([T0 - 9 * DAY]))
     np.testing.assert_array_equal(before["user.activity.purchase_7d"], then["user.activity.purchase_7d"])
     assert before["user.recency.any"][0] == 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shop import HOUR, ITEMS, T0, Happening, offline, online
+from shop import HOUR, ITEMS, T0, Happening, offline, online, user_columns
 
 from maple.data.dataset import Vocab
 from maple.errors import ConfigError
@@ -37,14 +37,14 @@ LOG = [
 
 def user(at: int, name: str = "u") -> dict[str, float]:
     data = offline(online(LOG), ["nobody"])
-    columns = LogReader(data, SPEC).user_columns(data.users.encode([name]), np.array([T0 + at]))
+    columns = user_columns(LogReader(data, SPEC), data.users.encode([name]), np.array([T0 + at]))
     return {key: float(column[0]) for key, column in columns.items()}
 
 
 def user_item(at: int, item: str, name: str = "u") -> dict[str, float]:
     data = offline(online(LOG), ["nobody"])
     reader = LogReader(data, SPEC)
-    columns = reader.user_item_columns(data.users.encode([name]), np.array([T0 + at]), np.array([0, 1]), data.items.encode([item]))
+    columns = reader.columns(data.users.encode([name]), np.array([T0 + at]), np.array([0, 1]), data.items.encode([item]))[1]
     return {key: float(column[0]) for key, column in columns.items()}
 
 
@@ -183,7 +183,7 @@ def test_sessions_end_with_a_pause_of_half_an_hour() -> None:
     data = offline(online(visits))
 
     def seen(at: int) -> dict[str, float]:
-        columns = LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0 + at * minute]))
+        columns = user_columns(LogReader(data, SPEC), data.users.encode(["u"]), np.array([T0 + at * minute]))
         return {key.removeprefix("user.sessions."): float(column[0]) for key, column in columns.items() if "sessions" in key}
 
     assert seen(0) == {"count": 0.0, "events": pytest.approx(math.nan, nan_ok=True), "minutes": pytest.approx(math.nan, nan_ok=True),
@@ -206,20 +206,20 @@ def test_a_repeat_is_an_item_bought_at_an_earlier_time() -> None:
     data = offline(online(made))
     u = data.users.encode(["u"])
     for at, repeats, lines in ((1, 0, 2), (DAY + 1, 1, 4), (2 * DAY + 1, 1, 5), (3 * DAY + 1, 2, 6), (4 * DAY + 1, 2, 7)):
-        columns = LogReader(data, SPEC).user_columns(u, np.array([T0 + at]))
+        columns = user_columns(LogReader(data, SPEC), u, np.array([T0 + at]))
         assert float(columns["user.repeats.rate"][0]) == close(repeats / lines)
 
 
 def test_taste_is_measured_from_shares_of_categories() -> None:
     made = [Happening("u", item, "view", day * DAY) for day, item in enumerate(["apple", "cup", "bread", "egg", "dish", "bread"])]
     data = offline(online(made))
-    columns = LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0 + 5 * DAY + 1]))
+    columns = user_columns(LogReader(data, SPEC), data.users.encode(["u"]), np.array([T0 + 5 * DAY + 1]))
     weight = [2 ** (-(5 - day) / 30) for day in range(6)]
     food, home = weight[0] + weight[2] + weight[5], weight[1] + weight[4]  # the egg has no category
     shares = np.array([food, home]) / (food + home)
     assert float(columns["user.category.top"][0]) == close(shares.max())
     assert float(columns["user.category.breadth"][0]) == close(-math.log((shares**2).sum()))
-    assert math.isnan(LogReader(data, SPEC).user_columns(data.users.encode(["u"]), np.array([T0]))["user.brand.top"][0])
+    assert math.isnan(user_columns(LogReader(data, SPEC), data.users.encode(["u"]), np.array([T0]))["user.brand.top"][0])
 
 
 def test_names_are_distinct_and_the_page_has_them_all() -> None:
