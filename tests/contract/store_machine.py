@@ -21,7 +21,7 @@ from maple.features.fold import DAY
 from maple.features.folder import Folder
 from maple.features.store import Ack, Event, OnlineStore
 
-MACHINE = settings(max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+MACHINE = settings(max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 USERS = ("u0", "u1", "phone", "tablet")
 
 users = st.sampled_from(USERS)
@@ -48,8 +48,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.links: set[tuple[str, str]] = set()
         self.blocked: set[str] = set()
 
-    @rule(events=st.lists(sent, min_size=1, max_size=12))
-    def append(self, events: list[Event]) -> None:
+    @rule(events=st.lists(sent, min_size=1, max_size=12), read=st.booleans())
+    def append(self, events: list[Event], read: bool) -> None:
         expected = []
         for event in events:
             key = event.user_id, event.event_id
@@ -58,6 +58,8 @@ class StoreMachine(RuleBasedStateMachine):
             if not dropped:
                 self.log.setdefault(key, event)
         assert self.store.append(events) == expected
+        if read:
+            self.read(FOLDER)
 
     @rule(seed=st.integers(0, 1000))
     def repeat_all_five_times_shuffled(self, seed: int) -> None:
