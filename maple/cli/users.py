@@ -60,10 +60,10 @@ def export_user(user: str, config_path: str | None, output: str | None) -> None:
 @click.option("--purge", is_flag=True, help="Also rewrite the snapshots now, so that no byte of the user is left in them.")
 def delete_user(user: str, config_path: str | None, yes: bool, purge: bool) -> None:
     """Forget a user and every id joined with it: gone online at once, kept out of every snapshot, training and export."""
-    from maple.serve.people import forget
+    from maple.serve.people import forget, ids_of
 
     with opened(config_path) as (home, store):
-        ids = store.aliases(user)
+        ids = ids_of(store, home, user)
         if not yes:
             others = f" and {', '.join(each for each in ids if each != user)}, joined with it," if len(ids) > 1 else ""
             click.confirm(f"Forget {user}{others} for good?", abort=True)

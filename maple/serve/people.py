@@ -1,8 +1,9 @@
 """What people may ask of the data about them: describe, forget, join and part ids, and see what is stored.
 
-The functions work on a home and an online store, whoever runs them (the API, the command line); ``People`` are the endpoints. Forgetting
-is in this order: gone and refused online, then a tombstone that keeps the user out of everything read from the home. Each part may be
-repeated, so what fails in between is finished by asking again.
+The functions work on a home and an online store, whoever runs them (the API, the command line); ``People`` are the endpoints. A person
+is all ids that are joined, online or in the latest snapshot. Forgetting is in this order: tombstones that keep the ids out of everything
+read from the home, then gone and refused online, where the joined ids are known until the end; what fails in between is finished by
+asking again.
 """
 
 from __future__ import annotations
@@ -49,35 +50,53 @@ def folds_nothing() -> Folder:
     return Folder(FeatureSpec(views=()), Catalogue.from_table(Vocab.of([]), pa.table({"item_id": pa.array([], pa.string())})))
 
 
+def ids_of(store: OnlineStore, home: Place, user_id: str) -> tuple[str, ...]:
+    """All ids of the person that an id belongs to, sorted: joined online, or stitched in the latest snapshot."""
+    ids = set(store.aliases(user_id))
+    snapshot = _snapshot(home)
+    stitching = None if snapshot is None else snapshot.stitching()
+    if stitching is not None:
+        ids.update(stitching.members(stitching.apply(pa.array(sorted(ids)))).to_pylist())
+        ids.update(each for known in tuple(ids) for each in store.aliases(known))
+    return tuple(sorted(ids))
+
+
 def forget(store: OnlineStore, home: Place, user_id: str) -> Removed:
-    """Forget a person, all ids joined with this one: gone online, refused from now on, and out of every snapshot of the home."""
-    ids = tuple(store.aliases(user_id))
-    attributes = len(store.attributes(user_id))
-    events = store.delete(user_id, block=True)
+    """Forget a person: gone online, refused from now on, and out of every snapshot of the home."""
+    ids = ids_of(store, home, user_id)
+    attributes = len({name for each in ids for name in store.attributes(each)})
     for each in ids:
         Tombstones.add(home, each)
-    return Removed(events, attributes, ids)
+    return Removed(sum(store.delete(each, block=True) for each in ids), attributes, ids)
 
 
 def stored(store: OnlineStore, home: Place, user_id: str) -> dict[str, Any]:
     """Everything that is kept about a person, JSON-ready: attributes, joined ids, online events, and the rows of the latest snapshot."""
-    ids = list(store.aliases(user_id))
+    ids = ids_of(store, home, user_id)
+    persons = {store.aliases(each)[0]: each for each in ids}.values()  # one id of each group that is joined online
     online = [
         {name: getattr(event, name) for name in ("event_id", "user_id", "item_id", "event", "value", "price", "session_id", "request_id")}
         | {"timestamp": iso(event.timestamp), "context": dict(event.context)}
-        for event in store.history(user_id)
+        for each in persons for event in store.history(each)
     ]  # fmt: skip
+    attributes = {name: value for each in persons for name, value in store.attributes(each).items()}
     return {
-        "user_id": user_id, "ids": ids, "attributes": dict(store.attributes(user_id)), "online_events": online,
+        "user_id": user_id, "ids": list(ids), "attributes": attributes, "online_events": online,
         "snapshot": _in_snapshot(home, ids),
     }  # fmt: skip
 
 
+def _snapshot(home: Place) -> Snapshot | None:
+    try:
+        return Snapshot.open(home)
+    except ArtifactError:
+        return None
+
+
 def _in_snapshot(home: Place, ids: Sequence[str]) -> dict[str, Any] | None:
     """The rows of these ids in the latest snapshot; None where there is no snapshot."""
-    try:
-        snapshot = Snapshot.open(home)
-    except ArtifactError:
+    snapshot = _snapshot(home)
+    if snapshot is None:
         return None
     buckets = sorted(set(bucket_of(pa.array(ids, pa.string()), snapshot.num_buckets).tolist()))
     tables = {"events": snapshot.events(buckets), "user": snapshot.users(), "quarantined": snapshot.quarantine()}

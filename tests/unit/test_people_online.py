@@ -17,13 +17,14 @@ from taste_shop import publish
 
 from maple.artifacts import Place
 from maple.data.ingest import ingest_local
+from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.data.tombstones import Tombstones
 from maple.errors import ServeError
 from maple.features.store_sqlite import SqliteStore
 from maple.recommend.bundle import load
 from maple.serve.http import create_app
-from maple.serve.people import folds_nothing, forget, load_people, stored
+from maple.serve.people import Removed, folds_nothing, forget, load_people, stored
 from maple.serve.service import LocalService
 from maple.serve.settings import ServeSettings
 from maple.serve.stores import open_store
@@ -170,6 +171,14 @@ def test_what_a_snapshot_knows_of_people_is_loaded(tmp_path: Path) -> None:
     assert store.get(["pad"])["pad"].items == ("i1", "i2", "i3")
     assert said[1:] == ["online store: 2 devices are users'", said[2], "online store: 0 devices are users'"]
     store.close()
+    # Whoever is joined in the snapshot alone is one person as well.
+    other = SqliteStore(tmp_path / "other.sqlite", folds_nothing())
+    other.append([Happening("pad", "i9", "view", 5).stored(1)])
+    home = Place.at(tmp_path / "home")
+    assert [event["item_id"] for event in stored(other, home, "tv")["online_events"]] == ["i9"]
+    assert forget(other, home, "tv") == Removed(1, 0, ("ann", "pad", "tv"))
+    assert Snapshot.open(home).events().num_rows == 0
+    other.close()
 
 
 def test_everything_stored_about_a_person_is_shown(tmp_path: Path) -> None:
