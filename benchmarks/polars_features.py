@@ -178,21 +178,21 @@ def user_states(frame: pl.DataFrame, half_lives: Sequence[float]) -> pl.DataFram
 
 
 def keyed_states(frame: pl.DataFrame, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """What targets see of their user's events with their item's category or brand, by row; and the count after every event, by row."""
-    part = frame.lazy().select("row", "user", "t", "target", code=name, buys=is_("purchase")).filter(pl.col("code").is_not_null())
-    part = part.select("row", "t", "target", "buys", key=pl.col("user").cast(pl.Int64) * SPAN + pl.col("code"))
+    """What targets see of their user's events with their item's category or brand; and the count after every event. Both by row."""
+    code = pl.col(name).cast(pl.Int64).fill_null(-1)  # rows without one stay, so that results lie beside the frame's own
+    part = frame.lazy().select("row", "t", "target", key=pl.col("user").cast(pl.Int64) * SPAN + code, there=code >= 0, buys=is_("purchase"))
     table = part.sort("key", maintain_order=True).with_columns(start=_start("key")).collect()
     spot = Places(table, "key")
     weight = ((T - pl.col("start")) * (math.log(2) / (LONG * DAY))).exp()
     fading = fade((T - pl.col("start")).filter("target"), LONG)
-    seen = table.lazy().select(
-        row=pl.col("row").filter("target"), count=spot.sums(weight) * fading, bought=spot.sums(pl.when("buys").then(weight)) * fading,
-        last=spot.last(T.is_not_null(), T),
-    )  # fmt: skip
+    found = {"count": spot.sums(weight) * fading, "bought": spot.sums(pl.when("buys").then(weight)) * fading}
+    found |= {"last": spot.last(T.is_not_null(), T)}
+    there = pl.col("there").filter("target")
+    seen = table.select(row=pl.col("row").filter("target"), **{f"{name}_{each}_k": pl.when(there).then(x) for each, x in found.items()})
     running = weight.cum_sum()
-    base = pl.when(pl.col("key") != pl.col("key").shift().fill_null(-1)).then(running - weight).forward_fill()
-    after = table.lazy().select("row", ((running - base) * fade(T - pl.col("start"), LONG)).alias(f"in_{name}"))
-    return seen.rename({each: f"{name}_{each}_k" for each in ("count", "bought", "last")}).collect(), after.collect()
+    base = pl.when((pl.col("key") != pl.col("key").shift()).fill_null(True)).then(running - weight).forward_fill()
+    after = pl.when("there").then((running - base) * fade(T - pl.col("start"), LONG)).alias(f"in_{name}")
+    return seen.sort("row").drop("row"), table.select("row", after).sort("row").drop("row")
 
 
 def _start(key: str) -> pl.Expr:
@@ -201,7 +201,7 @@ def _start(key: str) -> pl.Expr:
 
 
 def item_states(frame: pl.DataFrame) -> pl.DataFrame:
-    """What targets see of their user's events with their item, by row."""
+    """What targets see of their user's events with their item, in the order of the frame."""
     part = frame.lazy().select("row", "user", "t", "target", "item", "kind", "value")
     part = part.with_columns(key=pl.col("user").cast(pl.Int64) * SPAN + pl.col("item"), buys=is_("purchase"))
     part = part.join(part.filter("target").select("key").unique(), on="key", how="semi")  # no other key is asked for
@@ -217,14 +217,14 @@ def item_states(frame: pl.DataFrame) -> pl.DataFrame:
         found = spot.sums(pl.when(rows).then(x * weight[h] if h else x).otherwise(0.0))
         return found * fade((T - pl.col("start")).filter("target"), h) if h else found
 
-    return table.lazy().select(
+    return table.select(
         row=pl.col("row").filter("target"), i_baskets=total(basket), i_bought=spot.last(buys, T), i_first_bought=spot.opening(buys, T),
         i_recent=total(buys, None, LONG), i_quantity=total(buys, pl.col("value").abs().fill_null(1.0)),
         i_last=spot.last(T.is_not_null(), T),
         i_looked=spot.last(looks, T), i_carted=spot.last(carts, T), i_first=spot.opening(T.is_not_null(), T),
         i_looks_s=total(looks, None, SHORT), i_looks_l=total(looks, None, LONG), i_carts=total(carts, None, LONG),
         i_returned=total(is_("return")), i_rating=spot.last(rated, pl.col("value")),
-    ).collect()  # fmt: skip
+    ).sort("row").drop("row")  # fmt: skip
 
 
 def features(states: pl.LazyFrame, half_lives: Sequence[float]) -> pl.DataFrame:
@@ -295,17 +295,13 @@ def user_features(frame: pl.DataFrame, items: pl.DataFrame, half_lives: Sequence
     again = again.select("row", again=pl.col("first_bought") < T)
     seen, marks = zip(*(keyed_states(frame, name) for name in ("category", "brand")), strict=True)
     marked = frame.lazy().join(again, on="row", how="left", maintain_order="left").with_columns(pl.col("again").fill_null(False))
-    for mark in marks:
-        marked = marked.join(mark.lazy(), on="row", how="left", maintain_order="left")
-    states = user_states(marked.collect(), half_lives)
+    states = user_states(pl.concat([marked.collect(), *marks], how="horizontal"), half_lives)
     wide = frame.lazy().filter("target").select(
         "row", "user_id", "t", timestamp=T.cast(pl.Datetime("us", "UTC")), item_id=pl.lit(items["item_id"]).gather(at),
         event=pl.col("kind").cast(pl.String), log_price=pl.lit(items["log_price"]).gather(at),
     ).collect()  # fmt: skip
-    found = pl.concat([wide, states], how="horizontal").lazy()
-    for part in (item_states(frame), *seen):
-        found = found.join(part.lazy(), on="row", how="left", maintain_order="left")
-    return features(found, half_lives)
+    found = pl.concat([wide, states, item_states(frame), *seen], how="horizontal")
+    return features(found.lazy(), half_lives)
 
 
 def tick_features(frame: pl.DataFrame, items: pl.DataFrame, half_lives: Sequence[float], tick: int) -> pl.DataFrame:
@@ -327,11 +323,12 @@ def tick_features(frame: pl.DataFrame, items: pl.DataFrame, half_lives: Sequence
         "paid": total(buys & known, log_price * c(f"w{LONG}")), "bought": total(buys), "returned": total(is_("return")),
         "rated": total(rated), "rating": total(rated, c("value")), "rating2": total(rated, c("value") ** 2),
     }  # fmt: skip
-    times = {"first": T.min(), "last": T.max(), "sold": T.filter(buys).max()}
+    times = {"first": T.min(), "last": T.max(), "sold": pl.when(buys).then(T).max()}
     pairs = rows.group_by("item", "tick").agg(**sums, **times)
     fresh = rows.filter(buys).group_by("user", "item", "tick").agg(w=c(f"w{LONG}").min())  # of the first purchase, which faded longest
     fresh = fresh.group_by("item", "tick").agg(fresh=pl.len().cast(pl.Float64), fresh_l=c("w").sum())
-    pairs = pairs.join(fresh, on=("item", "tick"), how="left").with_columns(c("fresh", "fresh_l").fill_null(0.0)).sort("item", "tick")
+    pairs = pairs.join(fresh, on=("item", "tick"), how="left").with_columns(c("fresh", "fresh_l").fill_null(0.0))
+    table = pairs.sort("item", "tick").with_columns(c("item").set_sorted()).collect()
     start = frame["t"].min()
     span = (c("tick") + 1) * tick - start
 
@@ -345,7 +342,7 @@ def tick_features(frame: pl.DataFrame, items: pl.DataFrame, half_lives: Sequence
     fading |= {"first": c("first").cum_min().over("item"), "last": c("last").cum_max().over("item")}
     fading |= {"sold": c("sold").cum_max().over("item").forward_fill().over("item")}
     at = c("item")
-    states = pairs.select(
+    states = table.select(
         "item", "tick", now=(c("tick") + 1) * tick, log_price=pl.lit(items["log_price"]).gather(at),
         percentile=pl.lit(items["percentile"]).gather(at), created=pl.lit(items["created"]).gather(at), **fading,
     )  # fmt: skip
@@ -371,7 +368,7 @@ def tick_features(frame: pl.DataFrame, items: pl.DataFrame, half_lives: Sequence
         "item.ratings.std": spread(c("rated"), c("rating"), c("rating2")),
     }  # fmt: skip
     made = {name: value.cast(pl.Float32) for name, value in out.items()}
-    return states.select("tick", item_id=pl.lit(items["item_id"]).gather(at), **made).collect()
+    return states.select("tick", item_id=pl.lit(items["item_id"]).gather(at), **made)
 
 
 def run(events: str, items: str, out: Path, half_lives: Sequence[float] = (1.0, SHORT, LONG), tick: int = DAY) -> float:
