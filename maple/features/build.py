@@ -123,7 +123,9 @@ def build_bucket(plan: Plan, bucket: int) -> Made:
     if events.num_rows == 0:
         scatter(place, PARTIALS, (), SHARD, plan.num_shards, 1)
         return Made()
-    data = Dataset.from_tables(events, plan.items, targets=plan.snapshot.targets)
+    # only the items that the bucket met: a task costs what its bucket costs, however large the catalogue
+    met = pc.is_in(plan.items["item_id"].cast(pa.string()), value_set=pc.unique(events["item_id"].cast(pa.string())))
+    data = Dataset.from_tables(events, plan.items.filter(met), targets=plan.snapshot.targets)
     part = partials(data, plan.spec)
     part = part.append_column(SHARD, pa.array(_shards(plan, part["item_id"])))
     scatter(place, PARTIALS, [part], SHARD, plan.num_shards, part.num_rows)
