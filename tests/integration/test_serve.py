@@ -22,9 +22,14 @@ from taste_shop import group, publish, publish_ranked
 from maple.artifacts import Place
 from maple.data.tombstones import Tombstones
 from maple.errors import ConfigError, ServeError
+from maple.recommend.bundle import load
+from maple.recommend.engine import Candidates
+from maple.recommend.live import LiveView, live_bundle
 from maple.serve import deploy, rollout
 from maple.serve.client import ApiError, Client
+from maple.serve.door import NoMeter
 from maple.serve.settings import ServeSettings
+from maple.serve.stores import open_live
 from maple.train.release import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -285,6 +290,43 @@ def test_what_cannot_be_deployed_says_why(shop: tuple[Path, str, str], ray_local
     with pytest.raises(ServeError, match="has no manifest"):
         deploy.deploy("fused", {"home": str(home)}, deploy.Pointer("1" * 64, 1))
     deploy.shutdown()
+
+
+def test_replicas_that_have_read_the_live_items_to_different_points_agree(
+    shop: tuple[Path, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maple.serve import nodes
+
+    monkeypatch.setattr(nodes, "RayMeter", NoMeter)
+    home, _, digest = shop
+    page = {"home": str(home), "store": {"path": str(tmp_path / "online.sqlite")}, "live_poll_s": 1000.0}
+    bundle, live = load(Place.at(home), digest), open_live(ServeSettings.parse(page, "test"))
+
+    async def scenario() -> None:
+        far = nodes.Segments(page, "retrieve")
+        await far.reconfigure({"serve": digest, "generation": 1, "also": None})
+
+        async def new_items(version: int, size: int) -> tuple[list[int], list[int]]:
+            """Codes of new items that are proposed, and those that are held back."""
+            asked = live_bundle(bundle, LiveView().after(version, live.since(0)[1]), 0)
+            query = asked.query("u", now=1 << 53, history=[("i5", "purchase", 1 << 52)])
+            got = (await far.run(nodes.Asked(digest, version, size), [query], Candidates.empty(1), None)).candidates
+            return sorted(got.items[got.items >= 80].tolist()), [item for part in got.dropped for item in part.items.tolist()]
+
+        versions = [live.put(name, {"category": "c1"}).version for name in ("one", "two")]
+        assert await new_items(versions[-1], 82) == ([80, 81], []), "it reads what the asking one has read"
+        live.put("three", {"category": "c1"})
+        await asyncio.to_thread(far.refresh)
+        assert await new_items(versions[-1], 82) == ([80, 81], [82]), "and does not propose what that one does not know"
+        later = [live.put(f"more {number}", {"category": "c1"}).version for number in range(4)]
+        found = await asyncio.gather(*(new_items(version, 84 + place) for place, version in enumerate(later)))
+        assert [len(proposed) for proposed, _ in found] == [4, 5, 6, 7]
+        with pytest.raises(ServeError, match="version 999"):
+            await new_items(999, 90)
+        far.poller.close()
+
+    asyncio.run(scenario())
+    live.close()
 
 
 def _replica_pids() -> set[int]:
