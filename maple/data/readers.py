@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 
 from maple.data.files import MAX_LINE, columns_of, delimiter_of, open_parquet
 from maple.data.fragments import Fragment, check_growth
@@ -58,16 +59,18 @@ def raw_schema(table: FileSource, needed: Sequence[str], fragment: Fragment) -> 
 
 
 def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
-    # Texts are decoded in slices: a small file may repeat one long text in every row of a batch.
-    names = open_parquet(fragment.place, fragment.label).schema_arrow
+    file = open_parquet(fragment.place, fragment.label)
+    names, groups = file.schema_arrow, list(fragment.groups or ())
     texts = [name for name in needed if _is_text(_whole_type(names.field(name).type))]
-    file = open_parquet(fragment.place, fragment.label, texts)
+    if _repeats_long(open_parquet(fragment.place, fragment.label, texts), groups, texts):
+        file = open_parquet(fragment.place, fragment.label, texts)
+    metadata = [file.metadata.row_group(group) for group in groups]
+    per_row = sum(group.total_byte_size for group in metadata) // max(1, sum(group.num_rows for group in metadata))
     bytes_on_disk = fragment.place.fs.get_file_info(fragment.place.path).size
     decoded = 0
     at, stop = -fragment.skip, fragment.rows
-    for batch in file.iter_batches(
-        batch_size=BATCH_ROWS, row_groups=list(fragment.groups or ()), columns=list(dict.fromkeys(needed)), use_threads=False
-    ):
+    rows = max(1, min(BATCH_ROWS, CELL_BYTES // max(1, per_row)))
+    for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=list(dict.fromkeys(needed)), use_threads=False):
         low, high = max(0, -at), min(batch.num_rows, stop - at)
         if low < high:
             for start, part in _decoded(pa.Table.from_batches([batch.slice(low, high - low)]).select(needed), names, fragment.label):
@@ -78,6 +81,22 @@ def _parquet(needed: Sequence[str], fragment: Fragment) -> Iterator[Raw]:
         at += batch.num_rows
         if at >= stop:
             break
+
+
+def _repeats_long(file: pq.ParquetFile, groups: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether some text is long and has a code: a small file may repeat it in every row, so that it must be decoded in slices.
+
+    ``file`` reads the texts as codes; the first row of a group brings the whole dictionary.
+    """
+    if not texts:
+        return False
+    for group in groups:
+        for batch in itertools.islice(file.iter_batches(batch_size=1, row_groups=[group], columns=list(texts), use_threads=False), 1):
+            for column in batch.columns:
+                longest = pc.max(pc.binary_length(column.dictionary)).as_py() if pa.types.is_dictionary(column.type) else 0
+                if (longest or 0) * BATCH_ROWS > CELL_BYTES:
+                    return True
+    return False
 
 
 def _whole_type(kind: pa.DataType) -> pa.DataType:

@@ -5,9 +5,8 @@ A shop may keep its events in several tables (clicks, orders, order lines). Each
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -121,11 +120,6 @@ class Tables:
         """About how many rows there are: exact for Parquet, records for text. Depends on the files only."""
         return sum(fragment.rows for fragment in self.fragments)
 
-    @property
-    def files(self) -> dict[str, Place]:
-        """Every file by its label, in order."""
-        return {fragment.label: fragment.place for fragment in self.fragments}
-
     def file_columns(self) -> dict[str, str]:
         """Every column of the files, mapped or not, with its type there (``text`` in text files); types that differ joined by ``|``."""
         found: dict[str, set[str]] = {}
@@ -139,10 +133,6 @@ class Tables:
             for name, kind in here.items():
                 found.setdefault(name, set()).add(kind)
         return {name: " | ".join(sorted(kinds)) for name, kinds in found.items()}
-
-    def with_labels(self, labels: Collection[str]) -> Self:
-        """The same tables with some of their files."""
-        return replace(self, fragments=tuple(fragment for fragment in self.fragments if fragment.label in labels))
 
     def read(self, fragment: Fragment) -> Iterator[pa.Table]:
         """A fragment as tables of about ``BATCH_ROWS`` rows at most: Maple's columns, then ``_unreadable``, ``_file`` and ``_row``."""
