@@ -56,7 +56,7 @@ class LogReader:
         known = np.maximum(users[order][heads], 0)
         events = np.where(users[order][heads] < 0, 0, self.data.offsets[known + 1] - self.data.offsets[known])
         load = np.cumsum(events + np.add.reduceat(np.diff(offsets)[order] + 1, heads))
-        yield from np.split(order, heads[np.flatnonzero(np.diff(load // CHUNK, prepend=0))])
+        yield from np.split(order, heads[1:][np.diff(load // CHUNK) > 0])
 
     def _read(self, users: Int64, now: Int64, offsets: Int64, items: Int32) -> tuple[Columns, Columns]:
         part = _Part.of(self, users)

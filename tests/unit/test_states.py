@@ -136,6 +136,20 @@ def test_the_log_reader_reads_batches_as_single_queries() -> None:
             np.testing.assert_array_equal(own[name][row : row + 1], column, err_msg=name)
 
 
+def test_the_log_reader_reads_in_chunks_what_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = [Happening(f"u{n % 7}", ITEMS["item_id"][n % 5].as_py(), "purchase", n * DAY // 4) for n in range(60)]
+    reader = LogReader(offline(online(happened), ["none"]), SPEC)
+    users = np.array([4, 0, 4, -1, 6, 2, 7, 0], np.int32)
+    now, offsets = T0 + np.arange(8) * 2 * DAY, np.array([0, 2, 2, 5, 6, 7, 9, 10, 12])
+    items = np.array([0, 1, 2, -1, 4, 3, 2, 1, 0, 0, 4, 3], np.int32)
+    whole = reader.columns(users, now, offsets, items)
+    for size in (1, 9, 30):
+        monkeypatch.setattr("maple.features.log_reader.CHUNK", size)
+        for found, expected in zip(reader.columns(users, now, offsets, items), whole, strict=True):
+            for name, column in found.items():
+                np.testing.assert_array_equal(column, expected[name], err_msg=name)
+
+
 def test_a_clock_that_is_behind_does_not_make_sums_grow() -> None:
     reader = StateReader(SPEC, CATALOGUE)
     then = user_columns(reader, [folded()], np.array([T0 + 2 * DAY]))

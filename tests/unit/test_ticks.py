@@ -84,6 +84,13 @@ def test_tables_of_shards_join_to_the_whole_and_misfits_are_refused() -> None:
         ItemTimeline.joined(shards, SPEC, Catalogue.from_table(Vocab.of(["cup"]), align(ITEMS, "item_id", Vocab.of(["cup"]))))
 
 
+def test_a_timeline_is_folded_in_chunks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = offline(online(random_log()))
+    whole = ItemTimeline.from_data(data, SPEC)
+    monkeypatch.setattr("maple.features.ticks.CHUNK", 7)
+    np.testing.assert_array_equal(ItemTimeline.from_data(data, SPEC).state, whole.state)
+
+
 def test_no_item_views_and_no_events_are_timelines_too() -> None:
     data = offline(online(random_log(20)))
     bare = SPEC.with_(views=["user.baskets"])
