@@ -23,6 +23,7 @@ from maple.data.report import FILE, ROW, UNREADABLE
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 
+STORED = "(stored)"  # the file of rows that come from the parent
 MADE_SESSION = r"^s-[0-9a-f]{16}$"  # see etl.sessionise
 
 Bool = npt.NDArray[np.bool_]
@@ -58,7 +59,7 @@ def held(parent: Snapshot, bucket: int, users: pa.Array, source: SourceConfig, s
     parts = [accepted(clean, parent.stack.gross(bucket))]
     if aside.num_rows:
         names = {"file": FILE, "row": ROW, "unreadable": UNREADABLE}
-        plain = aside.drop_columns(["reason"])
+        plain = _as_given(aside.drop_columns(["reason"]))
         parts.append(plain.rename_columns([names.get(name, name) for name in plain.column_names]))
     return Held(clean, aside, joined(parts), since)
 
@@ -71,18 +72,23 @@ def reconsidered(source: SourceConfig) -> list[str]:
 
 def accepted(stored: pa.Table, gross: pa.Table | None) -> pa.Table:
     """Stored events as they were accepted, with the bookkeeping columns of rows that come from no file. ``gross``: see ``Stack.gross``."""
-    given = stored["session_id"]
-    made = pc.fill_null(pc.match_substring_regex(given, MADE_SESSION), False)
-    out = stored.set_column(stored.column_names.index("session_id"), "session_id", pc.if_else(made, None, given))
+    out = _as_given(stored)
     if gross is not None:
         place = pc.index_in(out["event_id"], value_set=gross["event_id"].combine_chunks())
         value = pc.if_else(pc.is_valid(place), gross["value"].combine_chunks().take(place), out["value"])
         out = out.set_column(out.column_names.index("value"), "value", value)
     rows = out.num_rows
-    marks = {FILE: pa.repeat("", rows), ROW: pa.array(np.arange(rows)), UNREADABLE: pa.nulls(rows, pa.string())}
+    marks = {FILE: pa.repeat(STORED, rows), ROW: pa.array(np.arange(rows)), UNREADABLE: pa.nulls(rows, pa.string())}
     for name, column in marks.items():
         out = out.append_column(name, column)
     return out
+
+
+def _as_given(table: pa.Table) -> pa.Table:
+    """The rows without the session ids that were made for them."""
+    session = table["session_id"]
+    made = pc.fill_null(pc.match_substring_regex(session, MADE_SESSION), False)
+    return table.set_column(table.column_names.index("session_id"), "session_id", pc.if_else(made, None, session))
 
 
 def same_rows(parent: Snapshot, bucket: int, events: pa.Table, source: SourceConfig, moved: pa.Table | None) -> tuple[Bool, Bool]:
@@ -108,8 +114,10 @@ def same_rows(parent: Snapshot, bucket: int, events: pa.Table, source: SourceCon
     if moved is not None:
         parts.append(_of(moved, asked["event_id"]))
     there = joined(parts) if parts else asked.slice(0, 0)
-    if SOURCE_USER in asked.column_names and SOURCE_USER in there.column_names:
-        asked = asked.drop_columns(["user_id"])
+    told = [name for name in asked.column_names if name not in source.transient]
+    if SOURCE_USER in told and SOURCE_USER in there.column_names:
+        told.remove("user_id")
+    asked = asked.select(told)
     place = pc.index_in(asked["event_id"], value_set=there["event_id"].combine_chunks())
     found = np.asarray(pc.is_valid(place))
     if found.any():
