@@ -22,7 +22,7 @@ class SqliteItems:
     """See ``LiveItems``."""
 
     def __init__(self, path: str | Path, *, busy_seconds: float = 10.0) -> None:
-        self._file = SqliteFile(path, "the live items", 1, _SCHEMA, {}, busy_seconds)
+        self._file = SqliteFile(path, "the live items", 1, _SCHEMA, {}, busy_seconds=busy_seconds)
 
     def put(self, item_id: str, changes: Mapping[str, Any]) -> LiveItem:
         """See ``LiveItems``."""

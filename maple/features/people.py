@@ -94,8 +94,7 @@ def _plain(value: Any, where: str) -> Attribute:
 def user_rows(users: pa.Table) -> Iterator[tuple[str, dict[str, Attribute]]]:
     """The rows of a USERS table as (id, attributes), checked; what is missing is left out."""
     for user, row in plain_rows(users):
-        told = {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
-        yield user, check_attributes(told, f"user {check_id(user, 'user_id')!r}")
+        yield user, check_attributes(row, f"user {check_id(user, 'user_id')!r}")
 
 
 def one_of_all(told: Iterable[tuple[str, str, Attribute]], person: str) -> dict[str, Attribute]:

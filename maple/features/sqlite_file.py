@@ -17,16 +17,19 @@ Migration = Callable[[sqlite3.Connection], None]
 class SqliteFile:
     """A file (WAL) with a schema and a version. ``turn`` is held by the thread that writes; other processes wait in SQLite.
 
-    A commit is on disk when it returns (synchronous=FULL), pages that are freed are overwritten, the file is for its owner only.
+    A commit is on disk when it returns (synchronous=FULL); without ``durable`` it survives the end of the process, but the last ones may
+    be lost with the machine. Pages that are freed are overwritten, the file is for its owner only.
     ``migrations`` bring older versions, by their number, to this one. ``what`` names the file in errors.
     """
 
     def __init__(
-        self, path: str | Path, what: str, version: int, schema: Sequence[str], migrations: Mapping[int, Migration], busy_seconds: float
+        self, path: str | Path, what: str, version: int, schema: Sequence[str], migrations: Mapping[int, Migration], *,
+        busy_seconds: float, durable: bool = True,
     ) -> None:  # fmt: skip
         self.path = Path(path)
         self.turn = threading.Lock()
         self.busy_ms = int(busy_seconds * 1000)
+        self._synchronous = "FULL" if durable else "NORMAL"
         self._what = what
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
@@ -90,7 +93,7 @@ class SqliteFile:
             with contextlib.suppress(sqlite3.Error), self.transaction() as writer:
                 work(writer)
         finally:
-            self.writer.execute("PRAGMA synchronous=FULL")
+            self.writer.execute(f"PRAGMA synchronous={self._synchronous}")
             self.writer.execute(f"PRAGMA busy_timeout={self.busy_ms}")
             self.turn.release()
 
@@ -115,7 +118,7 @@ class SqliteFile:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=self.busy_ms / 1000, isolation_level=None, check_same_thread=False)
         self._connections.append(connection)
-        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA secure_delete=ON")
         return connection
 

@@ -109,14 +109,21 @@ class _Waiting:
 
 
 class SqliteStore:
-    """See ``OnlineStore``. ``state_days``: states that were not refreshed for so long are dropped by ``prune``."""
+    """See ``OnlineStore``. ``state_days``: states that were not refreshed for so long are dropped by ``prune``.
 
-    def __init__(self, path: str | Path, folder: Folder, *, busy_seconds: float = 10.0, state_days: float = 14.0) -> None:
+    ``durable=False`` does not wait for the disk: a crash of the process loses nothing, one of the machine the last events.
+    """
+
+    def __init__(
+        self, path: str | Path, folder: Folder, *, busy_seconds: float = 10.0, state_days: float = 14.0, durable: bool = True
+    ) -> None:  # fmt: skip
         self.folder = folder
         self._state_days = state_days
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
-        self._file = SqliteFile(path, "the online store", _VERSION, _SCHEMA, {1: _from_version_1}, busy_seconds)
+        self._file = SqliteFile(
+            path, "the online store", _VERSION, _SCHEMA, {1: _from_version_1}, busy_seconds=busy_seconds, durable=durable
+        )
         with self._file.write() as writer:
             writer.execute("INSERT OR IGNORE INTO salt VALUES (1, ?)", (secrets.token_hex(16),))
             self._salt = str(writer.execute("SELECT value FROM salt").fetchone()[0])
