@@ -26,7 +26,10 @@ from maple.data.sources import SourceConfig
 STORED = "(stored)"  # the file of rows that come from the parent
 MADE_SESSION = r"^s-[0-9a-f]{16}$"  # see etl.sessionise
 
+EVENT = ("user_id", "event_id")  # what names an event among those of all users
+
 Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,26 +45,33 @@ class Held:
     since: int | None
 
 
-def held(parent: Snapshot, bucket: int, users: pa.Array, source: SourceConfig, since: int | None) -> Held:
-    """The rows of some users in a bucket; with ``since`` at least those from then on."""
-    clean = parent.bucket(bucket, None, since)
-    if clean is None:
-        clean = parent.stack.schema().empty_table()
-    clean = clean.filter(pc.is_in(clean["user_id"], value_set=users))
-    aside = None if since is not None else parent.stack.quarantine(bucket)
-    if aside is not None:
-        mine = pc.and_(
-            pc.is_in(aside["user_id"], value_set=users), pc.is_in(aside["reason"], value_set=pa.array(reconsidered(source), pa.string()))
-        )
-        aside = parent.tombstones.keep(aside.filter(mine))
-    else:
-        aside = clean.slice(0, 0).append_column("reason", pa.array([], pa.string()))
-    parts = [accepted(clean, parent.stack.gross(bucket))]
-    if aside.num_rows:
-        names = {"file": FILE, "row": ROW, "unreadable": UNREADABLE}
-        plain = _as_given(aside.drop_columns(["reason"]))
-        parts.append(plain.rename_columns([names.get(name, name) for name in plain.column_names]))
-    return Held(clean, aside, joined(parts), since)
+def held(parent: Snapshot, buckets: Sequence[int], users: pa.Array, source: SourceConfig, since: int | None) -> Held:
+    """The rows of some users in some buckets; with ``since`` at least the events from then on, and nothing that is set aside."""
+    nothing = nothing_held(parent)
+    clean, aside, taken = [], [], []
+    for bucket in sorted({*etl.bucket_of(users, parent.num_buckets).tolist()} & {*buckets}):
+        events = parent.bucket(bucket, None, since)
+        if events is not None:
+            events = events.filter(pc.is_in(events["user_id"], value_set=users))
+            clean.append(events)
+            taken.append(accepted(events, parent.stack.gross(bucket) if source.returns == "net" else None))
+        late = None if since is not None else parent.stack.quarantine(bucket)
+        if late is not None:
+            reasons = pa.array(reconsidered(source), pa.string())
+            mine = pc.and_(pc.is_in(late["user_id"], value_set=users), pc.is_in(late["reason"], value_set=reasons))
+            aside.append(parent.tombstones.keep(late.filter(mine)))
+    parts = [*taken, *(_as_read(table) for table in aside if table.num_rows)]
+    return Held(
+        joined(clean) if clean else nothing.clean, joined(aside) if aside else nothing.aside,
+        joined(parts) if parts else nothing.accepted, since,
+    )  # fmt: skip
+
+
+def nothing_held(parent: Snapshot) -> Held:
+    """As if the parent had nothing of the users."""
+    clean = parent.stack.schema().empty_table()
+    aside = clean.append_column("reason", pa.array([], pa.string()))
+    return Held(clean, aside, accepted(clean, None), None)
 
 
 def reconsidered(source: SourceConfig) -> list[str]:
@@ -91,39 +101,49 @@ def _as_given(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("session_id"), "session_id", pc.if_else(made, None, session))
 
 
-def same_rows(parent: Snapshot, bucket: int, events: pa.Table, source: SourceConfig, moved: pa.Table | None) -> tuple[Bool, Bool]:
-    """Which events the parent has, and which of its event ids stand for another content there, bool[N] each.
+def _as_read(aside: pa.Table) -> pa.Table:
+    """Rows of the quarantine as they were accepted, with bookkeeping columns again."""
+    names = {"file": FILE, "row": ROW, "unreadable": UNREADABLE}
+    plain = _as_given(aside.drop_columns(["reason"]))
+    return plain.rename_columns([names.get(name, name) for name in plain.column_names])
+
+
+def same_rows(parent: Snapshot, events: pa.Table, buckets: Int32, source: SourceConfig, moved: pa.Table | None) -> tuple[Bool, Bool]:
+    """Which events the parent has, and which of its event ids stand for another content there, bool[N] each. ``buckets``: int32[N].
 
     The hash index names the few rows that may be known; only those are compared, with ``moved`` ones that come to the bucket. What a row
     does not say of its session is not compared, nor whose it is where ids are stitched: the id that came is.
     """
     same = np.zeros(events.num_rows, np.bool_)
     other = same.copy()
-    possible = parent.stack.known(bucket, id_hashes(events["event_id"]))
+    possible = parent.stack.may_have(buckets, id_hashes(events["event_id"]))
     if moved is not None:
         possible |= np.asarray(pc.is_in(events["event_id"], value_set=moved["event_id"].combine_chunks()))
-    maybe = np.flatnonzero(possible)
-    if len(maybe) == 0:
-        return same, other
-    asked = events.take(pa.array(maybe))
-    clean, aside = parent.bucket(bucket), parent.stack.quarantine(bucket)
-    parts = [] if clean is None else [accepted(_of(clean, asked["event_id"]), parent.stack.gross(bucket))]
-    if aside is not None:
-        mine = aside.filter(pc.is_in(aside["reason"], value_set=pa.array(reconsidered(source), pa.string())))
-        parts.append(parent.tombstones.keep(_of(mine, asked["event_id"])))
-    if moved is not None:
-        parts.append(_of(moved, asked["event_id"]))
-    there = joined(parts) if parts else asked.slice(0, 0)
-    told = [name for name in asked.column_names if name not in source.transient]
-    if SOURCE_USER in told and SOURCE_USER in there.column_names:
-        told.remove("user_id")
-    asked = asked.select(told)
-    place = pc.index_in(asked["event_id"], value_set=there["event_id"].combine_chunks())
-    found = np.asarray(pc.is_valid(place))
-    if found.any():
-        equal = _equal(asked, there.take(pc.fill_null(place, 0)), lenient=("session_id",))
-        same[maybe], other[maybe] = found & equal, found & ~equal
+    for bucket in np.unique(buckets[possible]).tolist():
+        maybe = np.flatnonzero(possible & (buckets == bucket))
+        asked = events.take(pa.array(maybe))
+        there = _there(parent, bucket, asked["event_id"].combine_chunks(), source, moved)
+        told = [name for name in asked.column_names if name not in source.transient]
+        if SOURCE_USER in told and SOURCE_USER in there.column_names:
+            told.remove("user_id")
+        place = pc.index_in(asked["event_id"], value_set=there["event_id"].combine_chunks())
+        found = np.asarray(pc.is_valid(place))
+        if found.any():
+            equal = _equal(asked.select(told), there.take(pc.fill_null(place, 0)), lenient=("session_id",))
+            same[maybe], other[maybe] = found & equal, found & ~equal
     return same, other
+
+
+def _there(parent: Snapshot, bucket: int, ids: pa.Array, source: SourceConfig, moved: pa.Table | None) -> pa.Table:
+    """The accepted rows of a bucket with some event ids."""
+    reasons = pa.array(reconsidered(source), pa.string())
+    clean, aside = parent.bucket(bucket), parent.stack.quarantine(bucket)
+    parts = [] if clean is None else [accepted(_of(clean, ids), parent.stack.gross(bucket))]
+    if aside is not None:
+        parts.append(_as_read(parent.tombstones.keep(_of(aside.filter(pc.is_in(aside["reason"], value_set=reasons)), ids))))
+    if moved is not None:
+        parts.append(_of(moved.filter(pa.array(etl.bucket_of(moved["user_id"], parent.num_buckets) == bucket)), ids))
+    return joined(parts) if parts else nothing_held(parent).accepted
 
 
 def moves(parent: Snapshot, now: Stitching, source: SourceConfig) -> Moves | None:
@@ -133,7 +153,7 @@ def moves(parent: Snapshot, now: Stitching, source: SourceConfig) -> Moves | Non
     users = pc.unique(pa.concat_arrays([before.apply(ids), now.apply(ids)]))
     parts = []
     for bucket in sorted(set(etl.bucket_of(before.apply(ids), parent.num_buckets).tolist())) if len(ids) else ():
-        rows = held(parent, bucket, users, source, None).accepted
+        rows = held(parent, [bucket], users, source, None).accepted
         if SOURCE_USER not in rows.column_names:
             rows = rows.append_column(SOURCE_USER, rows["user_id"])
         source_ids = pc.coalesce(rows[SOURCE_USER], rows["user_id"])
@@ -148,7 +168,7 @@ def continued(table: pa.Table, stored: pa.Table) -> pa.Table:
         return table
     session = table["session_id"].combine_chunks().dictionary_encode()
     code = np.asarray(pc.fill_null(session.indices, len(session.dictionary)))
-    place = pc.index_in(table["event_id"], value_set=stored["event_id"].combine_chunks())
+    place = pc.index_in(row_keys(table), value_set=row_keys(stored))
     fresh = np.asarray(pc.is_null(place))
     order = np.lexsort((fresh, np.asarray(table["timestamp"].cast(pa.int64())), code))
     heads = order[np.flatnonzero(np.diff(code[order], prepend=-1))]
@@ -159,12 +179,11 @@ def continued(table: pa.Table, stored: pa.Table) -> pa.Table:
     return table.set_column(at, "session_id", pa.array(names, pa.string()).take(session.indices))
 
 
-def changed(before: pa.Table, now: pa.Table, keys: Sequence[str] = ("event_id",)) -> tuple[pa.Table, pa.Table]:
+def changed(before: pa.Table, now: pa.Table, keys: Sequence[str] = EVENT) -> tuple[pa.Table, pa.Table]:
     """Rows of ``now`` that ``before`` lacks or has with other values, and rows of ``before`` that are no longer there as they were."""
     if before.num_rows == 0:
         return now, before
-    first, second = _key(before, keys), _key(now, keys)
-    place = pc.index_in(second, value_set=first)
+    place = pc.index_in(row_keys(now, keys), value_set=row_keys(before, keys))
     known = np.asarray(pc.is_valid(place))
     equal = known & _equal(now, before.take(pc.fill_null(place, 0)))
     kept = np.zeros(before.num_rows, np.bool_)
@@ -172,14 +191,13 @@ def changed(before: pa.Table, now: pa.Table, keys: Sequence[str] = ("event_id",)
     return now.filter(pa.array(~equal)), before.filter(pa.array(~kept))
 
 
-def _of(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
-    return table.filter(pc.is_in(table["event_id"], value_set=ids.combine_chunks()))
+def row_keys(table: pa.Table, keys: Sequence[str] = EVENT) -> pa.Array:
+    """One text a row, of the columns that name it."""
+    return pc.binary_join_element_wise(*(table[name] for name in keys), "\n").combine_chunks()
 
 
-def _key(table: pa.Table, keys: Sequence[str]) -> pa.Array:
-    columns = [table[key] for key in keys]
-    joined_keys = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "\n")
-    return joined_keys.combine_chunks()
+def _of(table: pa.Table, ids: pa.Array) -> pa.Table:
+    return table.filter(pc.is_in(table["event_id"], value_set=ids))
 
 
 def _equal(one: pa.Table, other: pa.Table, lenient: Sequence[str] = ()) -> Bool:

@@ -21,6 +21,7 @@ from maple.data import etl
 from maple.data.behaviour import names_of
 from maple.data.checks import run_checks, stop_on_errors
 from maple.data.drafts import draft, new_folder, pointing, sweep, tidy
+from maple.data.extend import extend_buckets
 from maple.data.files import files
 from maple.data.finish import BucketResult, finish_bucket, tidy_quarantine
 from maple.data.history import changed, moves
@@ -164,7 +165,7 @@ def appended(
             say(f"nothing new: {parent.name} has read every file")
         return parent
     small = todo.tables is None or todo.tables.num_rows <= todo.rows_per_bucket
-    return made(todo, home, in_process if small else run, sides, say)
+    return made(replace(todo, together=small), home, in_process if small else run, sides, say)
 
 
 def plan(
@@ -197,8 +198,8 @@ def plan(
     stitching = None if edges is None else Stitching.of(edges)
     return Plan(
         source, tables, rules, catalogue.select(["item_id", "price"]) if asking and catalogue is not None else None, buckets,
-        rows_per_bucket, int(time.time() * 1e6) if now is None else now, new_folder(home), new, parent, stitching,
-        None if parent is None or stitching is None else moves(parent, stitching, source), Tombstones.of(home),
+        rows_per_bucket, int(time.time() * 1e6) if now is None else now, new_folder(home), files=new, parent=parent, stitching=stitching,
+        moves=None if parent is None or stitching is None else moves(parent, stitching, source), tombstones=Tombstones.of(home),
     )  # fmt: skip
 
 
@@ -272,7 +273,17 @@ def _read(todo: Plan, number: int) -> str:
 
 
 def _finish(todo: Plan, bucket: int) -> str:
-    result = finish_bucket(todo, bucket, rows_of(todo, bucket))
+    rows = rows_of(todo, [bucket])
+    if todo.parent is not None:
+        result = extend_buckets(todo, [bucket], rows)
+    else:
+        result = None if rows is None or rows.num_rows == 0 else finish_bucket(todo, bucket, rows)
+    return "" if result is None else json.dumps(result.plain())
+
+
+def _finish_together(todo: Plan, _: int) -> str:
+    every = range(todo.num_buckets)
+    result = extend_buckets(todo, every, rows_of(todo, every))
     return "" if result is None else json.dumps(result.plain())
 
 
@@ -282,7 +293,7 @@ def _assessed(todo: Plan, home: Place, run: Runner, sides: Sides) -> Assessed:
     deleted = sum(json.loads(answer)["deleted"] for answer in run(todo, _read, len(todo.fragments)))
     entries: list[FileEntry] = []
     events, voided = TableReport(), 0
-    for answer in run(todo, _finish, todo.num_buckets):
+    for answer in run(todo, _finish_together, 1) if todo.together else run(todo, _finish, todo.num_buckets):
         if answer:
             result = BucketResult.of(json.loads(answer))
             entries += result.files
@@ -328,7 +339,10 @@ def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]
     folder, parent = todo.folder, todo.parent
     everything = etl.merge_facts([*([] if parent is None else parent.stack.facts()), *([] if facts is None else [facts])])
     items = etl.item_table(everything, todo.source.items_from_events, _catalogue(parent, sides))
-    parts = [(ITEMS_FILE, items if parent is None else changed(parent.items(), items, ("item_id",))[0]), (FACTS_FILE, facts)]
+    parts = [
+        (ITEMS_FILE, items if parent is None else changed(parent.items(), items, ("item_id",))[0]),
+        (FACTS_FILE, facts),
+    ]
     parts += _side_news(parent, sides)
     for name, side in (("items", sides.items), ("users", sides.users)):
         parts.append((f"quarantine/{name}.parquet", None if side is None or not side.quarantined.num_rows else side.quarantined))
@@ -380,7 +394,8 @@ def _check_types(parent: Snapshot, tables: Tables) -> None:
         if column.name in stored.names and stored.field(column.name).type != column.type:
             raise DataError(
                 f"column {column.name!r} is {stored.field(column.name).type} in {parent.name} but {column.type} in the new files "
-                f"({', '.join(list(tables.files)[:3])}); write the files with one type, declare `types:`, or ingest everything again"
+                f"({', '.join(sorted({fragment.label for fragment in tables.fragments})[:3])}); write the files with one type, declare "
+                "`types:`, or ingest everything again"
             )
 
 

@@ -7,9 +7,10 @@ index of its event ids per bucket (8 bytes a row), so that an append knows what 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,29 +36,27 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
+Kind: TypeAlias = Literal["events", "quarantine", "index", "void", "gross"]
+
+
+def part_file(kind: Kind, bucket: int) -> str:
+    """Where a bucket's part of a layer lies.
+
+    ``events``: clean events. ``quarantine``: rows set aside. ``index``: the sorted hashes of the event ids that the layer brings. ``void``:
+    ids of earlier events that it replaces or removes, with a ``reason`` those of rows in quarantine. ``gross``: values as they came, by
+    event id, of events whose value returns changed.
+    """
+    return f"{kind}/bucket={bucket:05d}/part.{'arrow' if kind == 'index' else 'parquet'}"
+
+
+def packed_file(kind: Kind) -> str:
+    """Where a small layer keeps all buckets in one file: a row group each, in the order that the metadata ``buckets`` says."""
+    return f"{kind}/packed.{'arrow' if kind == 'index' else 'parquet'}"
+
+
 def events_file(bucket: int) -> str:
-    """Where a bucket's clean events lie."""
-    return f"events/bucket={bucket:05d}/part.parquet"
-
-
-def quarantine_file(bucket: int) -> str:
-    """Where the rows of a bucket that were set aside lie."""
-    return f"quarantine/bucket={bucket:05d}/part.parquet"
-
-
-def index_file(bucket: int) -> str:
-    """Where the sorted hashes of the event ids that a layer brought to a bucket lie."""
-    return f"index/bucket={bucket:05d}/part.arrow"
-
-
-def void_file(bucket: int) -> str:
-    """Where the ids of earlier events that a layer replaces or removes lie; with a ``reason``, those of rows in quarantine."""
-    return f"void/bucket={bucket:05d}/part.parquet"
-
-
-def gross_file(bucket: int) -> str:
-    """Where the values of events as they came lie, by event id, for those that returns changed."""
-    return f"gross/bucket={bucket:05d}/part.parquet"
+    """Where the clean events of a bucket lie in a base."""
+    return part_file("events", bucket)
 
 
 @dataclass(frozen=True)
@@ -76,32 +75,45 @@ class Layer:
         brought = sum(entry.rows or 0 for name, entry in self.manifest.files.items() if name.startswith("events/"))
         return brought - int(self.manifest.meta.get("voided", 0))
 
-    def table(self, name: str, columns: Sequence[str] | None = None, since: int | None = None) -> pa.Table:
-        """A Parquet file, or those of the columns that it has; with ``since`` (microseconds) only row groups that reach that time."""
-        file = self._open(name)
+    def table(self, name: str) -> pa.Table:
+        """A whole Parquet file."""
+        return self._open(name).read()
+
+    def part(self, kind: Kind, bucket: int, columns: Sequence[str] | None = None, since: int | None = None) -> pa.Table | None:
+        """What the layer has for a bucket, None where it has nothing: those of the columns that there are.
+
+        With ``since`` (microseconds) only row groups that reach that time.
+        """
+        packed = self.has(packed_file(kind))
+        if not packed and not self.has(part_file(kind, bucket)):
+            return None
+        file = self._open(packed_file(kind) if packed else part_file(kind, bucket))
         names = file.schema_arrow.names
+        groups = list(range(file.metadata.num_row_groups))
+        if packed:
+            buckets = json.loads(file.metadata.metadata[b"buckets"])
+            groups = [group for group in groups if buckets[group] == bucket]
+            if not groups:
+                return None
+        if since is not None:
+            place = names.index("timestamp")
+            groups = [group for group in groups if file.metadata.row_group(group).column(place).statistics.max_raw >= since]
         wanted = None if columns is None else [column for column in columns if column in names]
-        if since is None:
-            return file.read(columns=wanted)
-        place = names.index("timestamp")
-        groups = range(file.metadata.num_row_groups)
-        late = [group for group in groups if file.metadata.row_group(group).column(place).statistics.max_raw >= since]
-        return file.read_row_groups(late, columns=wanted)
+        return file.read_row_groups(groups, columns=wanted).replace_schema_metadata(None)
 
-    def schema(self, name: str) -> pa.Schema:
-        """The schema of a Parquet file."""
-        return self._open(name).schema_arrow
+    def schema(self) -> pa.Schema | None:
+        """The columns of the layer's events, None where it has none."""
+        name = next((name for name in self.manifest.files if name.startswith("events/")), None)
+        return None if name is None else self._open(name).schema_arrow.remove_metadata()
 
-    def hashes(self, bucket: int) -> UInt64:
-        """The sorted hashes of the event ids that this layer brought to a bucket."""
-        if not self.has(index_file(bucket)):
-            return np.empty(0, np.uint64)
-        data = read_file(self.folder, self.manifest, index_file(bucket))
-        return np.asarray(pa.ipc.open_file(pa.BufferReader(data)).read_all()["hash"])
-
-    def voided(self, bucket: int) -> pa.Table | None:
-        """The rows of earlier layers that this one replaces or removes: event_id, reason."""
-        return self.table(void_file(bucket)) if self.has(void_file(bucket)) else None
+    def may_have(self, name: str, hashes: UInt64) -> Bool:
+        """Which hashes of event ids are in an index, bool[N]; none where the layer has no such file."""
+        if not self.has(name):
+            return np.zeros(len(hashes), np.bool_)
+        data = read_file(self.folder, self.manifest, name)
+        there = np.asarray(pa.ipc.open_file(pa.BufferReader(data)).read_all()["hash"])
+        place = np.minimum(np.searchsorted(there, hashes), len(there) - 1)
+        return np.asarray(there[place] == hashes)
 
     def _open(self, name: str) -> pq.ParquetFile:
         return pq.ParquetFile(pa.BufferReader(read_file(self.folder, self.manifest, name)))
@@ -119,50 +131,58 @@ class Stack:
 
     def events(self, bucket: int, columns: Sequence[str] | None = None, since: int | None = None) -> pa.Table | None:
         """A bucket's clean events by (timestamp, event_id), None where it has none; with ``since`` at least those from there on."""
-        name = events_file(bucket)
-        holders = [layer for layer in self.layers if layer.has(name)]
-        if not holders:
-            return None
-        extra = [column for column in ("event_id", "timestamp") if len(holders) > 1 or self.has_void(bucket)]
+        extra = ("event_id", "timestamp") if len(self.layers) > 1 else ()
         wanted = None if columns is None else list(dict.fromkeys([*columns, *extra]))
         parts: list[pa.Table] = []
         gone: list[pa.Array] = []
         for layer in reversed(self.layers):
-            if layer.has(name):
-                part = layer.table(name, wanted, since)
-                parts.append(without(part, gone))
-            void = layer.voided(bucket)
+            part = layer.part("events", bucket, wanted, since)
+            if part is not None:
+                parts.append(_without(part, gone))
+            void = layer.part("void", bucket)
             if void is not None:
                 gone += void.filter(pc.is_null(void["reason"]))["event_id"].chunks
+        if not parts:
+            return None
         table = merged(parts[::-1])
         if columns is None:
             return table
         for column in columns:
             if column not in table.column_names:
-                raise ArtifactError(f"{self.top.folder.uri}/{name}: {unknown_name('column', column, self.schema(bucket).names)}")
+                known = self.schema().names
+                if column not in known:
+                    raise ArtifactError(f"{self.top.folder.uri}/{events_file(bucket)}: {unknown_name('column', column, known)}")
+                table = table.append_column(column, pa.nulls(table.num_rows, self.schema().field(column).type))
         return table.select(list(columns))
 
     def quarantine(self, bucket: int) -> pa.Table | None:
         """The rows of a bucket that are set aside, the oldest layer's first; None where there are none."""
-        name = quarantine_file(bucket)
         parts: list[pa.Table] = []
         gone: list[pa.Table] = []
         for layer in reversed(self.layers):
-            if layer.has(name):
-                parts.append(_without_pairs(layer.table(name), gone))
-            void = layer.voided(bucket)
+            part = layer.part("quarantine", bucket)
+            if part is not None:
+                parts.append(_without_pairs(part, gone))
+            void = layer.part("void", bucket)
             if void is not None:
                 gone.append(void.filter(pc.is_valid(void["reason"])))
         return joined(parts[::-1]) if parts else None
 
-    def known(self, bucket: int, hashes: UInt64) -> Bool:
-        """Which hashes of event ids some layer brought to the bucket, bool[N]: those ids may be known, the others are not."""
+    def gross(self, bucket: int) -> pa.Table | None:
+        """The values of a bucket's events as they came, where returns changed them: event_id, value; None where they changed none."""
+        parts = [part for layer in self.layers if (part := layer.part("gross", bucket)) is not None]
+        return upsert(parts, "event_id") if parts else None
+
+    def may_have(self, buckets: npt.NDArray[np.int32], hashes: UInt64) -> Bool:
+        """Which event ids, by bucket and hash, some layer brought, bool[N]: those may be known, the others are not."""
         out = np.zeros(len(hashes), np.bool_)
         for layer in self.layers:
-            there = layer.hashes(bucket)
-            if len(there):
-                place = np.minimum(np.searchsorted(there, hashes), len(there) - 1)
-                out |= there[place] == hashes
+            if layer.has(packed_file("index")):
+                out |= layer.may_have(packed_file("index"), hashes)
+                continue
+            for bucket in np.unique(buckets).tolist():
+                here = buckets == bucket
+                out[here] |= layer.may_have(part_file("index", bucket), hashes[here])
         return out
 
     def newest(self, name: str, key: str) -> pa.Table | None:
@@ -174,26 +194,13 @@ class Stack:
         """A table of the uppermost layer that has it."""
         return next((layer.table(name) for layer in reversed(self.layers) if layer.has(name)), None)
 
-    def gross(self, bucket: int) -> pa.Table | None:
-        """The values of a bucket's events as they came, where returns changed them: event_id, value; None where they changed none."""
-        return self.newest(gross_file(bucket), "event_id")
-
     def facts(self) -> list[pa.Table]:
         """What the events of each layer say of items."""
         return [layer.table(FACTS_FILE) for layer in self.layers if layer.has(FACTS_FILE)]
 
-    def has_void(self, bucket: int) -> bool:
-        return any(layer.has(void_file(bucket)) for layer in self.layers)
-
-    def schema(self, bucket: int | None = None) -> pa.Schema:
-        """The columns of the events, those of a bucket or of any."""
-        schemas = []
-        for layer in self.layers:
-            files = [name for name in layer.manifest.files if name.startswith("events/")]
-            name = files[0] if bucket is None and files else events_file(bucket or 0)
-            if layer.has(name):
-                schemas.append(layer.schema(name))
-        return pa.unify_schemas(schemas)
+    def schema(self) -> pa.Schema:
+        """The columns of the events."""
+        return pa.unify_schemas([schema for layer in self.layers if (schema := layer.schema()) is not None])
 
     @property
     def num_events(self) -> int:
@@ -241,7 +248,7 @@ def joined(parts: Sequence[pa.Table]) -> pa.Table:
     return parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="default")
 
 
-def without(table: pa.Table, ids: Iterable[pa.Array]) -> pa.Table:
+def _without(table: pa.Table, ids: Iterable[pa.Array]) -> pa.Table:
     """The rows whose event id is not among ``ids``."""
     gone = pa.chunked_array(list(ids), pa.string())
     if len(gone) == 0 or table.num_rows == 0:
@@ -295,14 +302,28 @@ def write_table(folder: Place, name: str, table: pa.Table, group_rows: int | Non
     return write_file(folder, name, parquet_bytes(table.combine_chunks().replace_schema_metadata(None), group_rows), table.num_rows)
 
 
-def write_events(folder: Place, bucket: int, events: pa.Table) -> FileEntry:
-    """Write a bucket's events, in small row groups in order of time."""
-    return write_table(folder, events_file(bucket), events, GROUP_ROWS)
+def write_part(folder: Place, kind: Kind, bucket: int, table: pa.Table) -> FileEntry:
+    """Write a bucket's part of a layer; events in small row groups, in order of time."""
+    return write_table(folder, part_file(kind, bucket), table, GROUP_ROWS if kind == "events" else None)
 
 
-def write_index(folder: Place, bucket: int, hashes: UInt64) -> FileEntry:
-    """Write the index of the event ids that a layer brings to a bucket."""
-    return write_file(folder, index_file(bucket), arrow_bytes(pa.table({"hash": np.sort(hashes)})), len(hashes))
+def write_packed(folder: Place, kind: Kind, table: pa.Table, buckets: npt.NDArray[np.int32]) -> FileEntry:
+    """Write the parts of several buckets into one file; ``buckets`` says where each row belongs. The order within a bucket stays."""
+    order = np.argsort(buckets, kind="stable")
+    present, starts = np.unique(buckets[order], return_index=True)
+    schema = table.schema.with_metadata({b"buckets": json.dumps(present.tolist()).encode()})
+    table = table.take(pa.array(order)).cast(schema)
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for start, stop in itertools.pairwise([*starts.tolist(), len(order)]):
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+    return write_file(folder, packed_file(kind), bytes(sink.getvalue().to_pybytes()), table.num_rows)
+
+
+def write_index(folder: Place, bucket: int | None, ids: pa.Array | pa.ChunkedArray) -> FileEntry:
+    """Write the hashes of the event ids that a layer brings to a bucket, or to all of them (None)."""
+    name = packed_file("index") if bucket is None else part_file("index", bucket)
+    return write_file(folder, name, arrow_bytes(pa.table({"hash": np.sort(id_hashes(ids))})), len(ids))
 
 
 def void_table(ids: pa.Array | pa.ChunkedArray, reasons: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,9 +36,9 @@ class Moves:
     users: pa.Array
     rows: pa.Table
 
-    def of(self, bucket: int, num_buckets: int) -> Moves:
-        """What concerns one bucket: its users, and the events that come to them."""
-        users = self.users.filter(pa.array(etl.bucket_of(self.users, num_buckets) == bucket))
+    def of(self, buckets: Sequence[int], num_buckets: int) -> Moves:
+        """What concerns some buckets: their users, and the events that come to them."""
+        users = self.users.filter(pa.array(np.isin(etl.bucket_of(self.users, num_buckets), buckets)))
         return Moves(self.ids, users, self.rows.filter(pc.is_in(self.rows["user_id"], value_set=users)))
 
 
@@ -58,6 +58,7 @@ class Plan:
     parent: Snapshot | None = None  # what an append lies over
     stitching: Stitching | None = None
     moves: Moves | None = None
+    together: bool = False  # whether all buckets are done at once: few rows
     tombstones: Tombstones = NONE
 
     @property
@@ -133,10 +134,10 @@ def read(plan: Plan, number: int) -> Read:
     return Read(rows, deleted)
 
 
-def rows_of(plan: Plan, bucket: int) -> pa.Table | None:
-    """The judged rows of one bucket, of all fragments; None where nothing was read."""
-    return (
-        None
-        if plan.tables is None
-        else gather([plan.rows_place(number) for number in range(len(plan.fragments))], judged_schema(plan), bucket, plan.num_buckets)
-    )
+def rows_of(plan: Plan, buckets: Sequence[int]) -> pa.Table | None:
+    """The judged rows of some buckets, of all fragments; None where nothing was read."""
+    if plan.tables is None:
+        return None
+    schema = judged_schema(plan)
+    places = [plan.rows_place(number) for number in range(len(plan.fragments))]
+    return pa.concat_tables([gather(places, schema, bucket, plan.num_buckets) for bucket in buckets])
