@@ -57,8 +57,7 @@ def export_user(user: str, config_path: str | None, output: str | None) -> None:
 @click.argument("user")
 @config_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--purge", is_flag=True, help="Also rewrite the snapshots now, so that no byte of the user is left in them.")
-def delete_user(user: str, config_path: str | None, yes: bool, purge: bool) -> None:
+def delete_user(user: str, config_path: str | None, yes: bool) -> None:
     """Forget a user and every id joined with it: gone online at once, kept out of every snapshot, training and export."""
     from maple.serve.people import forget, ids_of
 
@@ -76,14 +75,6 @@ def delete_user(user: str, config_path: str | None, yes: bool, purge: bool) -> N
         console.print(
             "The rows themselves leave the files with the next compaction; now: maple snapshots compact, then purge", markup=False
         )
-
-
-def _purge(home: Place) -> None:
-    from maple.data.compact import compact, purge
-
-    compact(home)
-    purge(home)
-    console.print("the snapshots were rewritten without them", markup=False)
 
 
 @users.command("set")
