@@ -5,7 +5,7 @@ The YAML names files, formats and columns and declares the cleaning rules; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
@@ -314,6 +314,16 @@ class SourceConfig(Section):
     signals: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_SIGNALS))  # interest per event kind
 
     _tables = field_validator("events", mode="before")(_tupled)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """The source from plain values, or a ``ConfigError``, in which a single table of events is not counted."""
+        try:
+            return super().parse(values, where)
+        except ConfigError as error:
+            if isinstance(values.get("events"), list | tuple):
+                raise
+            raise ConfigError(str(error).replace("events.0.", "events.")) from None
 
     @field_serializer("events")
     def _as_written(self, events: tuple[TableSource, ...]) -> Any:

@@ -296,7 +296,7 @@ def test_good_data_is_ingested(maple: Maple, home: Path, tmp_path: Path) -> None
         ("", SOURCE, ("orders.csv", "empty")),
         (ORDERS.split("\n")[0] + "\n", SOURCE, ("no events", "the files hold no rows")),
         (None, SOURCE, ("orders.csv",)),
-        (ORDERS.replace("c1", "\xff").encode("latin-1"), SOURCE, ("orders.csv", "utf8", "`encoding:`")),
+        (ORDERS.replace("c1", "\xff").encode("latin-1"), SOURCE, ("orders.csv", "utf-8", "`encoding:`")),
         (ORDERS, None, ("no source.yaml", "orders.csv: customer, sku, at, quantity", "Write source.yaml there")),
     ],
     ids=["unknown column", "unknown key", "unmapped", "unknown event", "unknown unit", "unknown target", "outside", "not YAML",
