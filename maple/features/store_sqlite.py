@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from maple.errors import ServeError
+from maple.features import sqlite_statements as sql
 from maple.features.folder import Folder
 from maple.features.people import Link, check_attributes, check_group, check_links, groups, one_of_all, user_rows
 from maple.features.sqlite_file import SqliteFile
@@ -40,63 +41,6 @@ from maple.features.store import (
 )
 from maple.hashing import stable_hash
 from maple.schema import check_id
-
-_VERSION = 2
-_SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS events (
-       user_id TEXT NOT NULL, event_id TEXT NOT NULL, seq INTEGER NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL,
-       event TEXT NOT NULL, value REAL, price REAL, session_id TEXT, request_id TEXT, context TEXT,
-       PRIMARY KEY (user_id, event_id)) WITHOUT ROWID""",
-    "CREATE INDEX IF NOT EXISTS events_by_seq ON events (user_id, seq)",
-    "CREATE TABLE IF NOT EXISTS people (person TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID",
-    # only of people who have several ids
-    "CREATE TABLE IF NOT EXISTS members (user_id TEXT PRIMARY KEY, person TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX IF NOT EXISTS members_by_person ON members (person)",
-    "CREATE TABLE IF NOT EXISTS links (alias TEXT NOT NULL, target TEXT NOT NULL, PRIMARY KEY (alias, target)) WITHOUT ROWID",
-    """CREATE TABLE IF NOT EXISTS states (
-       person TEXT NOT NULL, digest TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL, written INTEGER NOT NULL,
-       blob BLOB NOT NULL, PRIMARY KEY (person, digest))""",
-    """CREATE TABLE IF NOT EXISTS attributes (
-       user_id TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (user_id, name)) WITHOUT ROWID""",
-    "CREATE TABLE IF NOT EXISTS blocked (hash TEXT PRIMARY KEY) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS counter (one INTEGER PRIMARY KEY CHECK (one = 1), value INTEGER NOT NULL)",
-    "INSERT OR IGNORE INTO counter VALUES (1, 0)",
-    "CREATE TABLE IF NOT EXISTS salt (one INTEGER PRIMARY KEY CHECK (one = 1), value TEXT NOT NULL)",
-)
-_COLUMNS = "user_id, event_id, seq, timestamp, item_id, event, value, price, session_id, request_id, context"
-_LINE = "e.event_id, e.item_id, e.event, e.timestamp, e.value, e.price"
-_INSERT = f"INSERT OR IGNORE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants only
-_FIND = """
-SELECT q.value, ifnull(m.person, q.value), p.epoch, s.seq, s.blob, (SELECT json_group_array(user_id) FROM members WHERE person = m.person)
-FROM json_each(?) q LEFT JOIN members m ON m.user_id = q.value LEFT JOIN people p ON p.person = ifnull(m.person, q.value)
-LEFT JOIN states s ON s.person = p.person AND s.digest = ? AND s.epoch = p.epoch"""
-_SINCE = f"""
-SELECT json_extract(q.value, '$[0]'), e.seq, {_LINE}
-FROM json_each(?) q CROSS JOIN events e ON e.user_id = json_extract(q.value, '$[1]') AND e.seq > json_extract(q.value, '$[2]')"""  # noqa: S608
-_PAST = f"SELECT e.seq, {_LINE} FROM events e WHERE e.user_id IN (SELECT value FROM json_each(?))"  # noqa: S608
-_TOLD = "SELECT user_id, name, value FROM attributes WHERE user_id IN (SELECT value FROM json_each(?))"
-_KEEP = """
-INSERT OR REPLACE INTO states SELECT ?1, ?2, ?3, ?4, ?5, ?6
-WHERE EXISTS (SELECT 1 FROM people WHERE person = ?1 AND epoch = ?3)
-AND NOT EXISTS (SELECT 1 FROM states WHERE person = ?1 AND digest = ?2 AND epoch = ?3 AND seq > ?4)"""
-# an alias that sends what another id of the same person has sent already: the log grew by nothing new
-_CLASH = """
-UPDATE people SET epoch = ?1 WHERE person = ?2 AND EXISTS (
-  SELECT 1 FROM members m JOIN events e ON e.user_id = m.user_id WHERE m.person = ?2 AND m.user_id <> ?3 AND e.event_id = ?4)"""
-_EPOCH = "INSERT OR IGNORE INTO people SELECT ?1, ?2 WHERE EXISTS (SELECT 1 FROM events WHERE user_id = ?1)"
-
-
-def _from_version_1(connection: sqlite3.Connection) -> None:
-    """Events without numbers, states with another idea of what they cover."""
-    for table in ("states", "users"):
-        connection.execute(f"DROP TABLE {table}")
-    connection.execute("ALTER TABLE events RENAME TO old_events")
-    connection.execute(_SCHEMA[0])
-    names = _COLUMNS.replace("seq", "0")
-    connection.execute(f"INSERT INTO events ({_COLUMNS}) SELECT {names} FROM old_events")  # noqa: S608  # constants only
-    connection.execute("DROP TABLE old_events")
-    connection.execute(_SCHEMA[2])
-    connection.execute("INSERT INTO people SELECT DISTINCT user_id, 0 FROM events")
 
 
 class _Waiting:
@@ -122,7 +66,7 @@ class SqliteStore:
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
         self._file = SqliteFile(
-            path, "the online store", _VERSION, _SCHEMA, {1: _from_version_1}, busy_seconds=busy_seconds, durable=durable
+            path, "the online store", sql.VERSION, sql.SCHEMA, {1: sql.from_version_1}, busy_seconds=busy_seconds, durable=durable
         )
         with self._file.write() as writer:
             writer.execute("INSERT OR IGNORE INTO salt VALUES (1, ?)", (secrets.token_hex(16),))
@@ -159,13 +103,13 @@ class SqliteStore:
         """See ``OnlineStore``."""
         with self._file.read() as reader:
             ids = _members(reader, user_id)
-            query = f"SELECT {_COLUMNS} FROM events WHERE user_id IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants only
+            query = f"SELECT {sql.COLUMNS} FROM events WHERE user_id IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants only
             rows = reader.execute(query, (json.dumps(ids),)).fetchall()
         return sorted(map(_event, rows), key=lambda event: (*event.order, event.user_id))
 
     def export(self, batch_rows: int = 50_000) -> Iterator[pa.Table]:
         """See ``OnlineStore``."""
-        query = f"SELECT {_COLUMNS} FROM events WHERE (user_id, event_id) > (?, ?) ORDER BY user_id, event_id LIMIT ?"  # noqa: S608
+        query = f"SELECT {sql.COLUMNS} FROM events WHERE (user_id, event_id) > (?, ?) ORDER BY user_id, event_id LIMIT ?"  # noqa: S608
         last = ("", "")
         while True:
             with self._file.read() as reader:
@@ -214,7 +158,7 @@ class SqliteStore:
                     person = _person(writer, user)
                     writer.execute("DELETE FROM states WHERE person = ?", (person,))
                     writer.execute("DELETE FROM people WHERE person = ?", (person,))
-                    if person != user or not writer.execute(_EPOCH, (user, epoch)).rowcount:
+                    if person != user or not writer.execute(sql.EPOCH, (user, epoch)).rowcount:
                         writer.execute("INSERT OR IGNORE INTO people SELECT person, ? FROM members WHERE user_id = ?", (epoch, user))
         if users:
             self._file.scrub()
@@ -316,21 +260,22 @@ class SqliteStore:
     def find(self, user_ids: Sequence[str], digest: str) -> list[Found]:
         """See ``Backend``. Three statements, whatever the number of users."""
         with self._file.read() as reader:
-            rows = reader.execute(_FIND, (json.dumps(list(user_ids)), digest)).fetchall()
+            found = {row[0]: row for row in reader.execute(sql.FIND, (json.dumps(list(user_ids)), digest))}
+            rows = [found[user] for user in user_ids]
             ids = {user: json.loads(members) if members and members != "[]" else [user] for user, *_, members in rows}
             told: dict[str, list[tuple[str, str, Attribute]]] = {}
-            for user, name, value in reader.execute(_TOLD, (json.dumps(sorted({each for group in ids.values() for each in group})),)):
+            for user, name, value in reader.execute(sql.TOLD, (json.dumps(sorted({each for group in ids.values() for each in group})),)):
                 told.setdefault(user, []).append((user, name, json.loads(value)))
             asked = [(person, each, seq) for user, person, _, seq, blob, _ in rows if blob is not None for each in ids[user]]
             since: dict[str, list[tuple[Any, ...]]] = {}
             if asked:
-                for person, *row in reader.execute(_SINCE, (json.dumps(list(dict.fromkeys(asked))),)):
+                for person, *row in reader.execute(sql.SINCE, (json.dumps(list(dict.fromkeys(asked))),)):
                     since.setdefault(person, []).append(tuple(row))
         out = []
         for user, person, epoch, seq, blob, _ in rows:
             new = since.get(person, [])
             place = max((row[0] for row in new), default=seq or 0)
-            pending: list[Line] = [row[1:] for row in new]  # type: ignore[misc]  # the columns of _LINE
+            pending: list[Line] = [row[1:] for row in new]  # type: ignore[misc]  # the columns of sql.LINE
             attributes = one_of_all([each for member in ids[user] for each in told.get(member, ())], person)
             out.append(Found(person, "" if epoch is None else str(epoch), blob, seq or 0, place, pending, attributes))
         return out
@@ -342,7 +287,7 @@ class SqliteStore:
             for person in people:
                 epoch = reader.execute("SELECT epoch FROM people WHERE person = ?", (person,)).fetchone()
                 ids = _members(reader, person)
-                rows = reader.execute(_PAST, (json.dumps(ids),)).fetchall()
+                rows = reader.execute(sql.PAST, (json.dumps(ids),)).fetchall()
                 lines: list[Line] = [row[1:] for row in rows]
                 place = max((row[0] for row in rows), default=0)
                 out.append(Past(str(epoch[0]) if epoch else "", place, once(lines) if len(ids) > 1 else in_order(lines)))
@@ -354,7 +299,7 @@ class SqliteStore:
         rows = [(each.person, digest, int(each.epoch), each.place, now, each.blob) for each in checkpoints]
 
         def work(writer: sqlite3.Connection) -> None:
-            writer.executemany(_KEEP, rows)
+            writer.executemany(sql.KEEP, rows)
 
         self._file.write_if_idle(work)
 
@@ -387,14 +332,14 @@ class SqliteStore:
                 continue
             context = json.dumps(dict(e.context)) if e.context else None
             row = (e.user_id, e.event_id, seq, e.timestamp, e.item_id, e.event, e.value, e.price, e.session_id, e.request_id, context)
-            new = writer.execute(_INSERT, row).rowcount == 1
+            new = writer.execute(sql.INSERT, row).rowcount == 1
             acks.append(Ack.STORED if new else Ack.DUPLICATE)
             if new:
                 stored.setdefault(e.user_id, []).append(e.event_id)
         users = json.dumps(list(stored))
         merged = dict(writer.execute("SELECT user_id, person FROM members WHERE user_id IN (SELECT value FROM json_each(?))", (users,)))
         writer.executemany("INSERT OR IGNORE INTO people VALUES (?, ?)", [(user, seq) for user in stored if user not in merged])
-        writer.executemany(_CLASH, [(seq, person, user, event) for user, person in merged.items() for event in stored[user]])
+        writer.executemany(sql.CLASH, [(seq, person, user, event) for user, person in merged.items() for event in stored[user]])
         return acks
 
     @staticmethod
@@ -411,7 +356,7 @@ class SqliteStore:
                 writer.execute("INSERT INTO people VALUES (?, ?)", (person, epoch))
                 writer.executemany("INSERT INTO members VALUES (?, ?)", [(each, person) for each in group])
             else:
-                writer.execute(_EPOCH, (person, epoch))
+                writer.execute(sql.EPOCH, (person, epoch))
 
     def _hash(self, user: str) -> str:
         return f"{stable_hash(self._salt, user):016x}"
