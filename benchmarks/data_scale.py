@@ -1,7 +1,7 @@
 """Ingestion and features of simulated shops of 1, 3 and 10 million events: time per row, rows per second, memory, and polars.
 
-Items and days are the same at every size, users grow; a bucket has the same number of rows. Every size runs in a process of its own
-with a fresh local Ray of two processors, after the same steps on a tiny shop. Memory is the proportional set size (PSS) of that process
+Items and days are the same at every size, users grow; a bucket has the same number of rows. Every size runs in a process of its own,
+and every step on a fresh local Ray of two processors, after both steps on a tiny shop. Memory is the proportional set size (PSS) of that process
 and all its descendants, Ray's included, sampled five times a second; the object store is small and preallocated, so it counts the same
 at every size. polars gets two threads and the clean events of the same snapshot.
 """
@@ -78,38 +78,49 @@ def simulate_shop(folder: Path, events: int) -> None:
     write(simulate(1, num_users=round(events / EVENTS_PER_USER), num_items=ITEMS, days=DAYS), folder)
 
 
-def prepare(shop: Path, home: Path, rows_per_bucket: int) -> tuple[Any, Any, dict[str, dict[str, float]]]:
-    """Ingest a shop and build its features: the snapshot, the features, and what each step took."""
+def ingested(shop: Path, home: Path, rows_per_bucket: int) -> Any:
+    """The snapshot of a shop."""
     from maple.artifacts import Place
     from maple.config import read_yaml
     from maple.data.ingest_ray import ingest
     from maple.data.sources import SourceConfig
+
+    source = SourceConfig.parse(read_yaml(shop / "source.yaml"), str(shop))
+    return ingest(source, Place.at(shop), Place.at(home), rows_per_bucket=rows_per_bucket)
+
+
+def built(snapshot: Any, home: Path) -> Any:
+    """The features of a snapshot."""
+    from maple.artifacts import Place
     from maple.features.build_ray import build
     from maple.features.spec import FeatureSpec
 
-    source = SourceConfig.parse(read_yaml(shop / "source.yaml"), str(shop))
-    place = Place.at(home)
-    snapshot, ingested = measured(lambda: ingest(source, Place.at(shop), place, rows_per_bucket=rows_per_bucket))
-    spec = FeatureSpec(views=polars_features.COVERED)
-    features, built = measured(lambda: build(snapshot, spec, place))
-    return snapshot, features, {"ingest": ingested, "features": built}
+    return build(snapshot, FeatureSpec(views=polars_features.COVERED), Place.at(home))
+
+
+def on_fresh_ray(tiny: Path, home: Path, step: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
+    """A step on a Ray of its own, after both steps on a tiny shop: no step's memory hides behind what an earlier one left."""
+    from maple.cluster_ray import start_local, stop_local
+
+    start_local(num_cpus=2, object_store_bytes=STORE_BYTES, dashboard=False, test=True)
+    try:
+        built(ingested(tiny, home, 5_000), home)
+        return measured(step)
+    finally:
+        stop_local()
 
 
 def one_size(scratch: Path, events: int, against_polars: bool) -> dict[str, Any]:
     """Everything of one size, in this process."""
     os.environ["RAY_preallocate_plasma"] = "1"  # noqa: SIM112  # Ray's name for it
-    from maple.cluster_ray import start_local, stop_local
     from maple.data.ingest import ROWS_PER_BUCKET
     from maple.features.spec import FeatureSpec
 
-    start_local(num_cpus=2, object_store_bytes=STORE_BYTES, dashboard=False, test=True)
-    try:
-        simulate_shop(scratch / "tiny", 40_000)
-        prepare(scratch / "tiny", scratch / "tiny-home", 5_000)
-        snapshot, features, found = prepare(scratch / "shop", scratch / "home", ROWS_PER_BUCKET)
-    finally:
-        stop_local()
-    out: dict[str, Any] = {"rows": snapshot.num_events, "buckets": snapshot.num_buckets, **found}
+    tiny, home = scratch / "tiny", scratch / "home"
+    simulate_shop(tiny, 40_000)
+    snapshot, ingest = on_fresh_ray(tiny, scratch / "tiny-1", lambda: ingested(scratch / "shop", home, ROWS_PER_BUCKET))
+    features, build = on_fresh_ray(tiny, scratch / "tiny-2", lambda: built(snapshot, home))
+    out: dict[str, Any] = {"rows": snapshot.num_events, "buckets": snapshot.num_buckets, "ingest": ingest, "features": build}
     if against_polars:
         start = time.perf_counter()
         timeline = features.timeline()  # features of items are read from their states; polars writes them out
