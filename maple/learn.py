@@ -314,7 +314,7 @@ def evaluate_sources(config: RunConfig, say: Say) -> StepResult:
             files.append(write_file(folder, f"{source.name}-{place}.json", result.to_json().encode()))
             files.append(write_file(folder, f"{source.name}-{place}.safetensors", tensor_bytes(result.tensors())))
     seal(folder, "evaluation", {"snapshot": snapshot.digest, "split": config.split.plain(), "models": list(means)}, files)
-    metrics = default_metrics(results[0])
+    metrics = [name for name in default_metrics(results[0]) if name.split("@")[0] not in LIST_LEVEL]
     body = [[name, *(format_value(metric, values[metric]) for metric in metrics)] for name, values in means.items()]
     table = (f"Sources alone, {config.split.kind}, mean of {len(results)} fold(s)", ["model", *metrics], body)
     warning = [text for fold in folds_of(data, config.split)[:1] for text in fold.warnings]
