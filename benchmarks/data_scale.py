@@ -1,9 +1,10 @@
 """Ingestion and features of simulated shops of 1, 3 and 10 million events: time per row, rows per second, memory, and polars.
 
-Items and days are the same at every size, users grow; a bucket has the same number of rows. Every size runs in a process of its own,
-and every step on a fresh local Ray of two processors, after both steps on a tiny shop. Memory is the proportional set size (PSS) of that process
-and all its descendants, Ray's included, sampled five times a second; the object store is small and preallocated, so it counts the same
-at every size. polars gets two threads and the clean events of the same snapshot.
+Items and days are the same at every size, users grow; a bucket has the same number of rows. Every step of every size runs in a process
+of its own on a fresh local Ray of two processors, after both steps on a tiny shop, so that no step's memory hides behind what an earlier
+one left. Memory is the proportional set size (PSS) of that process and all its descendants, Ray's included, sampled five times a second;
+the object store is small and preallocated, so it counts the same at every size. polars gets two threads and the clean events of the same
+snapshot.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -98,37 +100,42 @@ def built(snapshot: Any, home: Path) -> Any:
     return build(snapshot, FeatureSpec(views=polars_features.COVERED), Place.at(home))
 
 
-def on_fresh_ray(tiny: Path, home: Path, step: Callable[[], Result]) -> tuple[Result, dict[str, float]]:
-    """A step on a Ray of its own, after both steps on a tiny shop: no step's memory hides behind what an earlier one left."""
-    from maple.cluster_ray import start_local, stop_local
+def warm(scratch: Path) -> None:
+    """A local Ray that has done both steps on a tiny shop."""
+    os.environ["RAY_preallocate_plasma"] = "1"  # noqa: SIM112  # Ray's name for it
+    from maple.cluster_ray import start_local
 
     start_local(num_cpus=2, object_store_bytes=STORE_BYTES, dashboard=False, test=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        simulate_shop(Path(folder) / "shop", 40_000)
+        built(ingested(Path(folder) / "shop", Path(folder), 5_000), Path(folder))
+
+
+def measure(step: str, scratch: Path) -> dict[str, Any]:
+    """One step of one size, in this process: ``ingest``, ``features`` (of that snapshot) or ``polars`` (the same features)."""
+    from maple.artifacts import Place
+    from maple.cluster_ray import stop_local
+    from maple.data.ingest import ROWS_PER_BUCKET
+    from maple.data.snapshot import Snapshot
+    from maple.features.build import FeatureArtifact
+
+    home = scratch / "home"
+    if step == "polars":
+        start = time.perf_counter()
+        timeline = FeatureArtifact.open(Place.at(home)).timeline()  # features of items are read from states; polars writes them out
+        timeline.at(timeline.items(), timeline.ticks)
+        reading = time.perf_counter() - start
+        return {"item_features": reading, "seconds": polars_seconds(Snapshot.open(Place.at(home)), scratch / "polars")}
+    warm(scratch)
     try:
-        built(ingested(tiny, home, 5_000), home)
-        return measured(step)
+        if step == "ingest":
+            snapshot, took = measured(lambda: ingested(scratch / "shop", home, ROWS_PER_BUCKET))
+        else:
+            snapshot = Snapshot.open(Place.at(home))
+            _, took = measured(lambda: built(snapshot, home))
     finally:
         stop_local()
-
-
-def one_size(scratch: Path, events: int, against_polars: bool) -> dict[str, Any]:
-    """Everything of one size, in this process."""
-    os.environ["RAY_preallocate_plasma"] = "1"  # noqa: SIM112  # Ray's name for it
-    from maple.data.ingest import ROWS_PER_BUCKET
-    from maple.features.spec import FeatureSpec
-
-    tiny, home = scratch / "tiny", scratch / "home"
-    simulate_shop(tiny, 40_000)
-    snapshot, ingest = on_fresh_ray(tiny, scratch / "tiny-1", lambda: ingested(scratch / "shop", home, ROWS_PER_BUCKET))
-    features, build = on_fresh_ray(tiny, scratch / "tiny-2", lambda: built(snapshot, home))
-    out: dict[str, Any] = {"rows": snapshot.num_events, "buckets": snapshot.num_buckets, "ingest": ingest, "features": build}
-    if against_polars:
-        start = time.perf_counter()
-        timeline = features.timeline()  # features of items are read from their states; polars writes them out
-        timeline.at(timeline.items(), timeline.ticks)
-        out["item_features"] = time.perf_counter() - start
-        out["polars"] = polars_seconds(snapshot, scratch / "polars")
-        out["views"], out["all_views"] = len(polars_features.COVERED), len(FeatureSpec().views)
-    return out
+    return {"rows": snapshot.num_events, "buckets": snapshot.num_buckets, **took}
 
 
 def polars_seconds(snapshot: Any, folder: Path) -> float:
@@ -146,49 +153,51 @@ def polars_seconds(snapshot: Any, folder: Path) -> float:
 
 
 def run(scratch: Path) -> list[dict[str, Any]]:
-    """All sizes, each in its own process; the rows of the table."""
+    """All steps of all sizes, each in its own process; the rows of the table."""
     found: dict[str, dict[str, Any]] = {}
     for name, events in SIZES.items():
         folder = scratch / name
         folder.mkdir()
-        for step in (["simulate"], ["measure", "polars" if name == "10M" else "alone"]):
-            command = [sys.executable, __file__, *step, str(folder), str(events)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: {json.dumps(found[name])}", flush=True)
+        subprocess.run([sys.executable, __file__, "simulate", str(folder), str(events)], check=True)
+        found[name] = {}
+        for step in ("ingest", "features", *(["polars"] if name == "10M" else [])):
+            done = subprocess.run([sys.executable, __file__, step, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+            found[name][step] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name} {step}: {json.dumps(found[name][step])}", flush=True)
     return rows_of(found)
 
 
 def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of measurements by size."""
+    """The rows of measurements by size and step."""
+    from maple.features.spec import FeatureSpec
+
     rows = []
-    small, large = found["1M"], found["10M"]
     for step in ("ingest", "features"):
-        for name, each in found.items():
-            took = each[step]
-            about = f"{each['rows']:,} events in {each['buckets']} buckets on two processors"
-            rows.append(row(f"data/{step}/rows-per-second/{name}", each["rows"] / took["seconds"], "rows/s", about, None, COMMAND))
+        small, large = found["1M"][step], found["10M"][step]
+        for name, size in found.items():
+            took = size[step]
+            about = f"{took['rows']:,} events in {took['buckets']} buckets on two processors"
+            rows.append(row(f"data/{step}/rows-per-second/{name}", took["rows"] / took["seconds"], "rows/s", about, None, COMMAND))
             about = f"PSS of all processes, {took['idle']:.0f} MB of them before the step"
             rows.append(row(f"data/{step}/peak-memory/{name}", took["peak"], "MB", about, None, COMMAND))
-        each_row = [1e6 * size[step]["seconds"] / size["rows"] for size in (large, small)]
-        about = f"{each_row[0]:.2f} against {each_row[1]:.2f} microseconds a row"
-        rows.append(row(f"data/{step}/time-per-row/10M-over-1M", each_row[0] / each_row[1], "ratio", about, None, COMMAND))
-        peaks = [size[step]["peak"] for size in (large, small)]
-        about = f"{peaks[0]:.0f} against {peaks[1]:.0f} MB"
-        rows.append(row(f"data/{step}/peak-memory/10M-over-1M", peaks[0] / peaks[1], "ratio", about, None, COMMAND))
-        above = [size[step]["peak"] - size[step]["idle"] for size in (large, small)]
-        about = f"{above[0]:.0f} against {above[1]:.0f} MB more than before the step"
-        rows.append(row(f"data/{step}/memory-above-idle/10M-over-1M", above[0] / max(above[1], 1.0), "ratio", about, None, COMMAND))
-    mine = large["features"]["seconds"] + large["item_features"]
-    views = f"{large['views']} of {large['all_views']} views"
-    about = f"{mine:.1f} s against {large['polars']:.1f} s of one polars process with two threads; {views}"
-    rows.append(row("data/features/time-over-polars/10M", mine / large["polars"], "ratio", about, None, COMMAND))
+        slow, fast = (1e6 * each["seconds"] / each["rows"] for each in (large, small))
+        about = f"{slow:.2f} against {fast:.2f} microseconds a row"
+        rows.append(row(f"data/{step}/time-per-row/10M-over-1M", slow / fast, "ratio", about, None, COMMAND))
+        about = f"{large['peak']:.0f} against {small['peak']:.0f} MB"
+        rows.append(row(f"data/{step}/peak-memory/10M-over-1M", large["peak"] / small["peak"], "ratio", about, None, COMMAND))
+        more, less = (each["peak"] - each["idle"] for each in (large, small))
+        about = f"{more:.0f} against {less:.0f} MB more than before the step"
+        rows.append(row(f"data/{step}/memory-above-idle/10M-over-1M", more / max(less, 1.0), "ratio", about, None, COMMAND))
+    theirs = found["10M"]["polars"]
+    mine = found["10M"]["features"]["seconds"] + theirs["item_features"]
+    views = f"{len(polars_features.COVERED)} of {len(FeatureSpec().views)} views"
+    about = f"{mine:.1f} s against {theirs['seconds']:.1f} s of one polars process with two threads; {views}"
+    rows.append(row("data/features/time-over-polars/10M", mine / theirs["seconds"], "ratio", about, None, COMMAND))
     return rows
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[-2])
     if sys.argv[1] == "simulate":
-        simulate_shop(target / "shop", int(sys.argv[-1]))
+        simulate_shop(Path(sys.argv[2]) / "shop", int(sys.argv[3]))
     else:
-        print(json.dumps(one_size(target, int(sys.argv[-1]), sys.argv[2] == "polars")))
+        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
