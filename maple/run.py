@@ -42,6 +42,8 @@ class IngestSettings(Section):
     """How data becomes a snapshot."""
 
     rows_per_bucket: Annotated[int, Field(ge=1000)] = ROWS_PER_BUCKET  # bounds the memory of one task
+    append: bool = False  # add what new files have to the latest snapshot, instead of reading everything
+    compact: Literal["background", "now", "never"] = "background"  # after an append that left too many layers, or too large ones
 
 
 class TuneSettings(Section):

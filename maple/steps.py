@@ -6,15 +6,23 @@ latest snapshot, features, tuning and run. Nothing is visible before it is finis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from maple import learn, operate
 from maple.artifacts import Place, check_writable
 from maple.cluster_ray import connect
 from maple.config import maple_home
+from maple.data.compact import compact, due
+from maple.data.ingest import Task, appended
+from maple.data.plan import Plan
 from maple.data.presets import load_source
 from maple.data.simulate import simulate, write
 from maple.data.snapshot import Snapshot
+from maple.data.snapshot import names as snapshot_names
 from maple.features.spec import ContentRef
 from maple.models.base import FitContext
 from maple.models.content.items import content_vectors
@@ -33,16 +41,43 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
     else:
         source, root = load_source(config.data)
         check_writable(home)
-    connect(say)
-    from maple.data.ingest_ray import ingest as ingest_ray  # Ray reads its flags on import: only after connecting
+    if config.ingest.append and snapshot_names(home):
+        snapshot = appended(source, root, home, _on_ray, say=say)  # Ray is only started for a batch that needs it
+        _compact(home, snapshot, config.ingest.compact, say)
+    else:
+        connect(say)
+        from maple.data.ingest_ray import ingest as ingest_ray  # Ray reads its flags on import: only after connecting
 
-    snapshot = ingest_ray(source, root, home, rows_per_bucket=config.ingest.rows_per_bucket, progress=say)
+        snapshot = ingest_ray(source, root, home, rows_per_bucket=config.ingest.rows_per_bucket, progress=say)
     events = snapshot.report().events
     summary = (
         f"{events.rows_in:,} rows in = {events.rows_clean:,} clean + {events.rows_quarantined:,} quarantined; "
         f"{events.users:,} users, {snapshot.report().items:,} items"
     )
     return StepResult(summary, tuple(snapshot.report().lines()[1:]), facts={"snapshot": snapshot.name, "digest": snapshot.digest})
+
+
+def _on_ray(todo: Plan, task: Task, count: int) -> Iterator[str]:
+    connect()
+    from maple.data.ingest_ray import on_ray
+
+    return on_ray(todo, task, count)
+
+
+def _compact(home: Place, snapshot: Snapshot, when: str, say: Say) -> None:
+    """Compact a snapshot that has grown too many layers: now, or by a process of its own that outlives this one."""
+    why = due(snapshot)
+    if why is None or when == "never":
+        return
+    if when == "now":
+        say(f"compacting: {why}")
+        compact(home, say=say)
+        return
+    log = (home.local or Path(tempfile.gettempdir())) / "compact.log"
+    say(f"compacting in the background: {why}; its log is {log}")
+    command = [sys.executable, "-c", "from maple.cli import main; main()", "--home", home.uri, "snapshots", "compact"]
+    with open(log, "ab") as out:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)  # noqa: S603 - our own program
 
 
 def features(config: RunConfig, say: Say) -> StepResult:

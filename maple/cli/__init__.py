@@ -16,6 +16,7 @@ from maple.cli.console import console, errors
 from maple.cli.console import table as show_table
 from maple.cli.events import events
 from maple.cli.items import items
+from maple.cli.snapshots import snapshots
 from maple.cli.users import users
 from maple.cli.validate import check, validate
 from maple.errors import MapleError
@@ -70,9 +71,14 @@ def demo(data: str | None, config_path: str | None, overrides: tuple[str, ...], 
 @data_option
 @config_option
 @set_option
-def ingest(data: str | None, config_path: str | None, overrides: tuple[str, ...]) -> None:
+@click.option("--append", is_flag=True, help="Read only files that the latest snapshot has not, and lay what they bring over it.")
+@click.option(
+    "--compact", "when", type=click.Choice(["background", "now", "never"]), default=None, help="When an append left too many layers."
+)
+def ingest(data: str | None, config_path: str | None, overrides: tuple[str, ...], append: bool, when: str | None) -> None:
     """Read a source, validate it, and publish an immutable snapshot."""
-    _step("ingest", _config(config_path, data, overrides))
+    extra = [*(["ingest.append=true"] if append else []), *([f"ingest.compact={when}"] if when else [])]
+    _step("ingest", _config(config_path, data, (*overrides, *extra)))
 
 
 @cli.group(cls=Group)
@@ -213,7 +219,7 @@ def doctor() -> None:
         sys.exit(1)
 
 
-for group in (users, items, events):
+for group in (users, items, events, snapshots):
     cli.add_command(group)
 cli.add_command(validate)
 features.add_command(check)

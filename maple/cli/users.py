@@ -69,7 +69,7 @@ def delete_user(user: str, config_path: str | None, yes: bool) -> None:
         removed = forget(store, home, user)
     gone = f"{removed.events} events and {removed.attributes} attributes of {len(removed.ids)} id{'s' * (len(removed.ids) != 1)}"
     console.print(f"gone: {gone}. What is still sent of them is dropped, and no snapshot shows them.", markup=False, soft_wrap=True)
-    console.print("The rows themselves leave the files with the next compaction.", markup=False)
+    console.print("The rows themselves leave the files with `maple snapshots purge`.", markup=False)
 
 
 @users.command("set")

@@ -27,7 +27,7 @@ ABANDONED_HOURS = 24.0  # after so long without a new file, a draft whose maker 
 
 def new_folder(home: Place) -> Place:
     """Where a new snapshot may be made; its name says when."""
-    return home / "snapshots" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return home / "snapshots" / f"{datetime.now(UTC):%Y%m%dT%H%M%S-%f}-{uuid.uuid4().hex[:6]}"
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def sweep(home: Place) -> list[str]:
             continue
         if (folder / MANIFEST).exists():
             (folder / MAKER).delete()  # its maker died between the manifest and this
-        elif _is_dead(folder):
+        elif is_dead(folder):
             folder.delete()
             removed.append(folder.name)
     return removed
@@ -65,7 +65,8 @@ def tidy(folder: Place, names: Iterable[str]) -> None:
             folder.fs.delete_file(info.path)
 
 
-def _is_dead(folder: Place) -> bool:
+def is_dead(folder: Place) -> bool:
+    """Whether nobody is making an unfinished folder any more: its maker is gone, or it has not changed for a day."""
     try:
         maker = json.loads((folder / MAKER).read())
         if maker["host"] == socket.gethostname():

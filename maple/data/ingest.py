@@ -123,6 +123,23 @@ def append_local(source: SourceConfig, root: Place, home: Place, *, parent: Snap
     return appended(source, root, home, in_process, parent=parent, now=now)
 
 
+def restitch(home: Place, edges: pa.Table, say: Progress | None = None) -> Snapshot:
+    """The latest snapshot with ids stitched by other edges (device_id, user_id), over it: only the events of ids that change users move.
+
+    The old edges again give the old tables again. A source with an identity table of its own stitches by that at the next append.
+    """
+    parent = Snapshot.open(home)
+    source = SourceConfig.parse(parent.manifest.meta["source"], f"{parent.folder.uri}/manifest.json")
+    _check_same(parent, source)
+    sides, stitching = Sides(None, None, edges), Stitching.of(edges)
+    todo = Plan(
+        source, None, RuleBook((), ()), None, parent.num_buckets, int(parent.manifest.meta["rows_per_bucket"]), int(time.time() * 1e6),
+        new_folder(home), parent=parent, stitching=stitching, moves=moves(parent, stitching, source), tombstones=Tombstones.of(home),
+        together=True,
+    )  # fmt: skip
+    return made(todo, home, in_process, sides, say)
+
+
 def dry_run(source: SourceConfig, root: Place, home: Place, *, now: int | None = None) -> Assessed:
     """What an ingestion would report, in this process; nothing is published and nothing stays."""
     sides = side_tables(source, root, Tombstones.of(home))

@@ -51,6 +51,8 @@ class Snapshot:
             if top.manifest.digest != parent["digest"]:
                 raise ArtifactError(f"{beneath.uri} is not the snapshot that {name} was made over: it was replaced. Ingest again.")
             below.insert(0, top)
+        if "content" not in manifest.meta:
+            raise ArtifactError(f"{folder.uri} was made by an older Maple and cannot be read; ingest its source again")
         return Snapshot(folder, manifest, tuple(below), Tombstones.of(home))
 
     @property
@@ -150,6 +152,20 @@ class Snapshot:
         own = self.report()
         events = TableReport.merge([*(ValidationReport.of(plain).events for plain in below), own.events])
         return replace(own, events=events)
+
+    def holds_deleted(self) -> bool:
+        """Whether files of this snapshot hold rows of deleted users, clean or set aside."""
+        if not self.hides:
+            return False
+        for bucket in range(self.num_buckets):
+            for part in (self.stack.events(bucket), self.stack.quarantine(bucket)):
+                if part is not None and self.tombstones.keep(part).num_rows < part.num_rows:
+                    return True
+        users = self.stack.newest(USERS_FILE, "user_id")
+        edges = self.stack.last(IDENTITIES_FILE)
+        gone = [] if users is None else [self.tombstones.covers(users["user_id"])]
+        gone += [] if edges is None else [self.tombstones.covers(edges[name]) for name in edges.column_names]
+        return any(bool(each.any()) for each in gone)
 
     def identities(self) -> pa.Table | None:
         """The edges device_id -> user_id that ids were stitched by, None where they were not."""

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maple.artifacts import Place
+from maple.data.compact import compact
 from maple.data.ingest import append_local, ingest_local
-from maple.data.layers import Layer, Stack, id_hashes, merged
+from maple.data.layers import id_hashes, merged
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
-from maple.errors import DataError
+from maple.schema import TIMESTAMP
 
 NOW = 1_800_000_000_000_000
 HEAD = "user,item,minute,kind,amount,price,name,visit\n"
@@ -104,7 +104,7 @@ def tables(snapshot: Snapshot) -> list[Any]:
     return [order, flat, snapshot.items().to_pylist(), None if users is None else users.to_pylist(), snapshot.num_events]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     batches=st.lists(st.lists(ROW, max_size=12), min_size=2, max_size=4),
     again=st.integers(0, 3),
@@ -115,7 +115,9 @@ def tables(snapshot: Snapshot) -> list[Any]:
 def test_appending_gives_what_one_ingestion_of_everything_gives(
     batches: list[list[Row]], again: int, extra: dict[str, Any], edges: list[tuple[str, str]], rows_per_bucket: int
 ) -> None:
-    good = [Row("z", "abc"[number % 3], 60 * number, "view", "1", "1", "") for number in range(len(batches))]  # a batch without a clean row is refused
+    good = [
+        Row("z", "abc"[number % 3], 60 * number, "view", "1", "1", "") for number in range(len(batches))
+    ]  # a batch without a clean row is refused
     batches = [[*rows, good[number]] for number, rows in enumerate(batches)]
     batches = [*batches, batches[again % len(batches)]]  # one comes a second time, in another file
     with tempfile.TemporaryDirectory() as name:
@@ -138,3 +140,37 @@ def test_appending_gives_what_one_ingestion_of_everything_gives(
         assert tables(grown) == tables(whole)
         assert tables(Snapshot.open(root / "grown")) == tables(whole)
         assert append_local(config, root, root / "grown", now=NOW).name == grown.name  # nothing is new
+        base = compact(root / "grown")
+        assert (base.parent, base.digest) == (None, grown.digest)
+        assert tables(base) == tables(whole)
+        assert sorted(map(str, base.quarantine().to_pylist())) == sorted(map(str, grown.quarantine().to_pylist()))
+        write(folder, 90, [Row("u", "c", 290, "view", "1", "1", ""), Row("u", "c", 5, "purchase", "1", "1", "")])
+        assert tables(append_local(config, root, root / "grown", now=NOW)) == tables(_whole(config, root, rows_per_bucket))
+
+
+def _whole(config: SourceConfig, root: Place, rows_per_bucket: int) -> Snapshot:
+    return ingest_local(config, root, root / "again", rows_per_bucket=rows_per_bucket, now=NOW)
+
+
+TIMES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(TIMES, min_size=1, max_size=4))
+def test_sorted_parts_are_merged_by_time_and_then_by_id(parts: list[list[tuple[int, int]]]) -> None:
+    def table(rows: list[tuple[int, int]]) -> pa.Table:
+        stamps = pa.array([time for time, _ in rows], pa.int64()).cast(TIMESTAMP)
+        return pa.table({"timestamp": stamps, "event_id": pa.array([str(number) for _, number in rows], pa.string())})
+
+    found = merged([table(sorted(part)) for part in parts])
+    expected = table(sorted(row for part in parts for row in part))
+    assert found.to_pylist() == expected.to_pylist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(max_size=20), max_size=20), cut=st.integers(0, 5))
+def test_equal_ids_have_equal_hashes_wherever_they_lie(texts: list[str], cut: int) -> None:
+    whole = id_hashes(pa.array(texts, pa.string()))
+    assert len(set(whole.tolist())) == len(set(texts))
+    assert id_hashes(pa.array(["x", *texts], pa.string()).slice(1)).tolist() == whole.tolist()
+    assert [int(id_hashes(pa.array([text]))[0]) for text in texts[cut:]] == whole[cut:].tolist()
