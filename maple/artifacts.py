@@ -26,7 +26,7 @@ from maple.errors import ArtifactError, ConfigError
 from maple.hashing import combine, sha256
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def open_manifest(folder: Place, kind: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({type(error).__name__}: {error}). Build the {kind} again.") from None
     if form != FORMAT:
-        raise ArtifactError(f"{folder.uri} has format {form}, this version of Maple reads format {FORMAT}")
+        raise ArtifactError(f"{folder.uri} has format {form}, this version of Maple reads format {FORMAT}. Make the {manifest.kind} again.")
     if manifest.kind != kind:
         raise ArtifactError(f"{folder.uri} is a {manifest.kind}, not a {kind}")
     if manifest.digest != stated:
