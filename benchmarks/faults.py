@@ -29,7 +29,7 @@ class Outcome:
 
 def faults() -> dict[int, Callable[[Path], Outcome]]:
     """The faults by their number."""
-    found = {}
+    found: dict[int, Callable[[Path], Outcome]] = {}
     for name in MODULES:
         module = importlib.import_module(name)
         found |= {int(each.removeprefix("fault_")): getattr(module, each) for each in dir(module) if each.startswith("fault_")}
