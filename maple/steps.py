@@ -40,6 +40,8 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
         source, root = load_source(str(write(simulate(config.seed), folder)))  # type: ignore[arg-type]
     else:
         source, root = load_source(config.data)
+        if source.about:
+            say(source.about)
         check_writable(home)
     if config.ingest.append and snapshot_names(home):
         snapshot = appended(source, root, home, _on_ray, say=say)  # Ray is only started for a batch that needs it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -37,3 +38,13 @@ def export(file: str, config_path: str | None) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+@events.command("expire")
+@click.argument("days", type=click.FloatRange(min=0, min_open=True))
+@config_option
+def expire(days: float, config_path: str | None) -> None:
+    """Forget the events of the online store that are older than so many DAYS: the retention of a shop. Run it daily."""
+    with opened(config_path) as (_, store):
+        count = store.expire(time.time_ns() // 1000 - int(days * 86_400 * 1_000_000))
+    console.print(f"{count:,} events older than {days:g} days are gone from the online store", markup=False, soft_wrap=True)

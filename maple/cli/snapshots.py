@@ -14,7 +14,7 @@ from maple.errors import ConfigError
 
 @click.group()
 def snapshots() -> None:
-    """Versions of the data: list, show, diff, compact, purge, use."""
+    """Versions of the data: list, show, diff, compact, purge, use, restitch."""
 
 
 @snapshots.command("list")
@@ -115,15 +115,16 @@ def use(name: str) -> None:
 def restitch(edges: str) -> None:
     """Stitch ids by other edges: a CSV or Parquet file with the columns device_id and user_id. The old file takes it back."""
     import pyarrow.csv as pacsv
-    import pyarrow.parquet as pq
     from pyarrow import ArrowException, string
 
     from maple.artifacts import Place
+    from maple.data.files import open_parquet
     from maple.data.ingest import restitch as work
 
     try:
         types = pacsv.ConvertOptions(column_types={"device_id": string(), "user_id": string()})
-        table = pq.read_table(edges) if Path(edges).suffix == ".parquet" else pacsv.read_csv(edges, convert_options=types)
+        parquet = Path(edges).suffix == ".parquet"
+        table = open_parquet(Place.at(edges), edges).read() if parquet else pacsv.read_csv(edges, convert_options=types)
         table = table.select(["device_id", "user_id"]).drop_null()
     except (ArrowException, KeyError) as error:
         raise ConfigError(f"{edges}: {' '.join(str(error).split())}; the file needs the columns device_id and user_id") from None

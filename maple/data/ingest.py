@@ -368,7 +368,10 @@ def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]
         edges = edges.filter(pa.array(~(todo.tombstones.covers(edges["device_id"]) | todo.tombstones.covers(edges["user_id"]))))
         if parent is None or parent.identities() != edges:
             parts.append((IDENTITIES_FILE, edges))
-    return [write_table(folder, name, table) for name, table in parts if table is not None and (table.num_rows or parent is None)]
+    said = {IDENTITIES_FILE}  # no edges at all says something: that nobody is stitched any more
+    return [
+        write_table(folder, name, table) for name, table in parts if table is not None and (table.num_rows or parent is None or name in said)
+    ]
 
 
 def _catalogue(parent: Snapshot | None, sides: Sides) -> pa.Table | None:

@@ -110,7 +110,7 @@ def test_the_tour_has_the_steps_in_order() -> None:
     from maple.steps import STEPS
 
     first = [shlex.split(line)[1] for line in shell_lines() if line.startswith("maple ")]
-    assert [name for name in first if name in STEPS] == list(STEPS)
+    assert [name for name in first if name in STEPS][: len(STEPS)] == list(STEPS)
     (steps,) = re.findall(r"for step in ([\w ]+);", README)
     assert steps.split() == list(STEPS)
     for name in STEPS:

@@ -15,8 +15,8 @@ import pytest
 from maple.artifacts import Place
 from maple.data.etl import bucket_of
 from maple.data.ingest import ingest_local
-from maple.data.presets import load_source
 from maple.data.layers import events_file
+from maple.data.presets import load_source
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.errors import ArtifactError, ConfigError, DataError
