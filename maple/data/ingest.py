@@ -370,7 +370,9 @@ def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]
             parts.append((IDENTITIES_FILE, edges))
     said = {IDENTITIES_FILE}  # no edges at all says something: that nobody is stitched any more
     return [
-        write_table(folder, name, table) for name, table in parts if table is not None and (table.num_rows or parent is None or name in said)
+        write_table(folder, name, table)
+        for name, table in parts
+        if table is not None and (table.num_rows or parent is None or name in said)
     ]
 
 
