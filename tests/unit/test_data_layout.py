@@ -37,6 +37,29 @@ def log(count: int = 400, seed: int = 3) -> list[Happening]:
     return [Happening(f"u{u}", names[i], kinds[e], t * DAY // 2, 2.0, 3.0) for u, i, e, t in zip(users, items, events, times, strict=True)]
 
 
+def appended(tmp_path: Path) -> Snapshot:
+    """A snapshot in two layers: some of what was bought in the first comes back in the second."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    old, late = log(120), log(30, seed=4)
+    back = [one for one in old if one.event == "purchase"][:10]  # some of it comes back, one or both of two
+    late += [Happening(one.user, one.item, "return", one.at + DAY, 1.0 + place % 2, 3.0) for place, one in enumerate(back)]
+    events = table(online(old))
+    pq.write_table(events, folder / "events-1.parquet")
+    pq.write_table(ITEMS, folder / "items.parquet")
+    columns = {name: name for name in ("event_id", "user_id", "item_id", "event", "timestamp", "value", "price")}
+    plain = {
+        "name": "tiny", "events": {"path": "events-*.parquet", "columns": columns, "rules": []},
+        "items": {"path": "items.parquet", "columns": {name: name for name in ITEMS.column_names}},
+        "returns": "net", "checks": {"min_events": 1, "min_users": 1, "min_items": 1},
+    }  # fmt: skip
+    config, home = SourceConfig.parse(plain, "tiny"), Place.at(tmp_path / "home")
+    ingest_local(config, Place.at(folder), home, rows_per_bucket=50)
+    fresh = [Happening(h.user, h.item, h.event, h.at, h.value, h.price, f"new{place}") for place, h in enumerate(late)]
+    pq.write_table(table([one.stored(0) for one in fresh]), folder / "events-2.parquet")
+    return append_local(config, Place.at(folder), home)
+
+
 @pytest.fixture(scope="module")
 def shop_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a snapshot of several buckets, and features with content."""
@@ -46,6 +69,22 @@ def shop_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     refs = {name: {"dim": one.dim, "digest": one.digest} for name, one in content.items()}
     build_local(snap, FeatureSpec().with_(content=refs), Place.at(folder / "home"), content)
     return folder / "home"
+
+
+@pytest.fixture(scope="module")
+def layered_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose latest snapshot is a small append that changes and removes earlier rows, and features over it."""
+    folder = tmp_path_factory.mktemp("layers")
+    build_local(appended(folder), FeatureSpec(), Place.at(folder / "home"))
+    return folder / "home"
+
+
+@pytest.fixture(params=["shop_home", "layered_home"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Each of the homes as the current folder."""
+    home: Path = request.getfixturevalue(request.param)
+    monkeypatch.chdir(home)
+    return Place.at(home)
 
 
 @pytest.fixture
@@ -68,30 +107,31 @@ def counts(events: pa.Table) -> dict[str, tuple[int, int, int]]:
     return {kind: (number, len(users), len(items)) for kind, (number, users, items) in out.items()}
 
 
-def test_the_documented_queries_run_as_written_and_count_as_maple_does(inside: Place) -> None:
+def test_the_documented_queries_run_as_written_and_count_as_maple_does(either: Place) -> None:
     connection = duckdb.connect()
     (text,) = blocks("sql")
     answers = [answer.pl().rows() for answer in map(connection.sql, text.split(";")[:-1]) if answer is not None]
-    snap = Snapshot.open(inside)
+    snap = Snapshot.open(either)
     events = snap.events()
     kinds, revenue, buckets, features = answers[-4:]  # what SET answers differs between versions
     assert {kind: tuple(rest) for kind, *rest in kinds} == counts(events)
     bought = events.filter(pc.equal(events["event"], "purchase"))
-    assert sum(row[2] for row in revenue) == pytest.approx(6.0 * bought.num_rows)
-    assert [int(row[0]) for row in buckets] == [number for number in range(snap.num_buckets) if snap.bucket(number) is not None]
-    assert [row[1] for row in buckets] == [rows for n in range(snap.num_buckets) if (rows := snap.events([n]).num_rows)]
-    made = FeatureArtifact.open(inside).user_events()
+    assert sum(row[2] for row in revenue) == pytest.approx(pc.sum(pc.multiply(bought["value"], bought["price"])).as_py())
+    base = snap if snap.parent is None else Snapshot.open(either, snap.parent)
+    assert [int(row[0]) for row in buckets] == [number for number in range(base.num_buckets) if base.bucket(number) is not None]
+    assert [row[1] for row in buckets] == [rows for n in range(base.num_buckets) if (rows := base.events([n]).num_rows)]
+    made = FeatureArtifact.open(either).user_events()
     assert len(features) == made.num_rows == bought.num_rows
     asked = made.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
     assert [row[3] for row in features] == pytest.approx(asked["user.activity.purchase_30d"].to_pylist())
 
 
-def test_the_documented_python_runs_as_written(inside: Place) -> None:
+def test_the_documented_python_runs_as_written(either: Place) -> None:
     (text,) = blocks("python")
     found: dict[str, Any] = {}
     exec(compile(text, "data-layout.md", "exec"), found)
     assert found["by_kind"].rows() == found["same"].fetchall()
-    assert found["by_kind"]["events"].sum() == Snapshot.open(inside).num_events
+    assert found["by_kind"]["events"].sum() == Snapshot.open(either).num_events
 
 
 def test_polars_sees_the_same_rows_in_the_same_types(inside: Place) -> None:
@@ -117,11 +157,11 @@ def test_the_columns_are_as_the_page_says(inside: Place) -> None:
     assert [(field.name, _written(field.type)) for field in snap.items().schema][: len(ITEMS_SCHEMA)] == wanted[len(EVENTS) :]
 
 
-def test_every_file_is_on_the_page(inside: Place) -> None:
+def test_every_file_is_on_the_page(either: Place) -> None:
     page = PAGE.read_text()
-    for path in sorted(Path(inside.path).rglob("*")):
+    for path in sorted(Path(either.path).rglob("*")):
         if path.is_file() and not path.name.startswith("."):
-            name = re.sub(r"=\d+", "=NNNNN", str(path.relative_to(inside.path)).split("/", 2)[-1])
+            name = re.sub(r"=\d+", "=NNNNN", str(path.relative_to(either.path)).split("/", 2)[-1])
             name = re.sub(r"^content/\w+", "content/<name>", name)
             assert name.rsplit("/", 1)[-1] in page, path
             assert name in page or name.startswith("latest"), path
@@ -131,39 +171,10 @@ def _written(kind: pa.DataType) -> str:
     return "timestamp[us, UTC]" if pa.types.is_timestamp(kind) else str(kind)
 
 
-def test_layers_can_be_read_by_the_rule_of_the_page(tmp_path: Path) -> None:
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    old, late = log(120), log(60, seed=4)
-    back = [one for one in old if one.event == "purchase"][:10]  # some of it comes back, one or both of two: earlier rows change or leave
-    late += [Happening(one.user, one.item, "return", one.at + DAY, 1.0 + place % 2, 3.0) for place, one in enumerate(back)]
-    events = table(online(old))
-    pq.write_table(events, folder / "events-1.parquet")
-    pq.write_table(ITEMS, folder / "items.parquet")
-    columns = {name: name for name in ("event_id", "user_id", "item_id", "event", "timestamp", "value", "price")}
-    plain = {
-        "name": "tiny", "events": {"path": "events-*.parquet", "columns": columns, "rules": []},
-        "items": {"path": "items.parquet", "columns": {name: name for name in ITEMS.column_names}},
-        "returns": "net", "checks": {"min_events": 1, "min_users": 1, "min_items": 1},
-    }  # fmt: skip
-    config, home = SourceConfig.parse(plain, "tiny"), Place.at(tmp_path / "home")
-    ingest_local(config, Place.at(folder), home, rows_per_bucket=50)
-    fresh = [Happening(h.user, h.item, h.event, h.at, h.value, h.price, f"new{place}") for place, h in enumerate(late)]
-    pq.write_table(table([one.stored(0) for one in fresh]), folder / "events-2.parquet")
-    top = append_local(config, Place.at(folder), home)
+def test_a_small_append_is_packed_and_changes_what_came_before(layered_home: Path) -> None:
+    top = Snapshot.open(Place.at(layered_home))
     assert top.parent is not None
-    layers = [top.folder, home / "snapshots" / top.parent]
-    gone: list[str] = []
-    parts = []
-    for layer in layers:  # from the top down
-        here = pl.read_parquet(layer.path + "/events/*/*.parquet", hive_partitioning=False)
-        parts.append(here.filter(~pl.col("event_id").is_in(gone)))
-        voids = list(Path(layer.path).glob("void/*/*.parquet"))
-        if voids:
-            void = pl.read_parquet(voids, hive_partitioning=False)
-            gone += void.filter(pl.col("reason").is_null())["event_id"].to_list()
-    found = pl.concat(parts, how="diagonal").sort("user_id", "timestamp", "event_id")
-    wanted = pl.DataFrame(pl.from_arrow(top.events())).sort("user_id", "timestamp", "event_id")
-    assert gone, "the second batch changed nothing of the first: the rule was not tried"
-    assert len(parts[0]) > 0
-    assert found.select(wanted.columns).equals(wanted)
+    assert {"events/packed.parquet", "void/packed.parquet", "index/packed.arrow"} <= set(top.manifest.files)
+    void = pl.read_parquet(top.folder.path + "/void/packed.parquet")
+    assert void["reason"].null_count() > 0, "the second batch changed nothing of the first: the rule was not tried"
+    assert Snapshot.open(Place.at(layered_home), top.parent).num_events + 40 > top.num_events
