@@ -101,12 +101,15 @@ def purge(grace: float) -> None:
 @click.argument("name")
 def use(name: str) -> None:
     """Make an older snapshot the latest again: what follows reads it."""
-    from maple.artifacts import Place, point
+    from maple.artifacts import Place
+    from maple.data.drafts import lead, pointing
     from maple.data.snapshot import Snapshot
 
     home = Place.at(maple_home())
-    snapshot = Snapshot.open(home, name)
-    point(home, "snapshot", snapshot.name)
+    Snapshot.open(home, name)  # a mistyped name makes no folder
+    with pointing(home):
+        snapshot = Snapshot.open(home, name)
+        lead(home, snapshot.name)
     console.print(f"{snapshot.name} is the latest snapshot; build its features next", markup=False, soft_wrap=True)
 
 

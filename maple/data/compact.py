@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maple.artifacts import FileEntry, Place, latest, point, read_file, seal, write_file
+from maple.artifacts import FileEntry, Place, latest, read_file, seal, write_file
 from maple.data import etl
-from maple.data.drafts import draft, new_folder, pointing, sweep, tidy
+from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
 from maple.data.history import reconsidered
 from maple.data.ingest import known_files
 from maple.data.layers import (
@@ -185,7 +185,7 @@ def _follow(home: Place, snapshot: Snapshot, made: Snapshot) -> None:
             meta = {**layer.manifest.meta, "parent": {"name": below[0], "digest": below[1]}}
             manifest = seal(folder, KIND, meta, list(layer.manifest.files.values()))
         below = folder.name, manifest.digest
-    point(home, "snapshot", below[0])
+    lead(home, below[0])
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from datetime import UTC, datetime
 import psutil
 import pyarrow.fs as pafs
 
-from maple.artifacts import MANIFEST, Place
+from maple.artifacts import MANIFEST, Place, latest, point
 from maple.errors import ArtifactError
 
 MAKER = "making.json"
+LEFT = "superseded.json"  # beside a snapshot's files: since when it is not the latest any more
 ABANDONED_HOURS = 24.0  # after so long without a new file, a draft whose maker cannot be asked is taken to be dead
 
 
@@ -93,3 +94,11 @@ def pointing(home: Place) -> Iterator[None]:
     with open(folder.local / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def lead(home: Place, name: str) -> None:
+    """Make a snapshot the latest; the one before notes since when it is not, which ``purge`` counts from. Only while ``pointing``."""
+    before = latest(home, "snapshot") if (home / "snapshots/latest.json").exists() else name
+    if before != name and (home / "snapshots" / before / MANIFEST).exists():
+        (home / "snapshots" / before / LEFT).write(json.dumps({"at": time.time()}).encode())
+    point(home, "snapshot", name)

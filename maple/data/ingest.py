@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maple.artifacts import FileEntry, Place, latest, manifest_of, point, seal, write_file
+from maple.artifacts import FileEntry, Place, manifest_of, seal, write_file
 from maple.data import etl
 from maple.data.behaviour import names_of
 from maple.data.checks import run_checks, stop_on_errors
-from maple.data.drafts import draft, new_folder, pointing, sweep, tidy
+from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
 from maple.data.extend import extend_buckets
 from maple.data.files import files
 from maple.data.finish import BucketResult, finish_bucket, tidy_quarantine
@@ -249,16 +249,15 @@ def publish(todo: Plan, home: Place, found: Assessed, sides: Sides) -> Snapshot:
         meta |= {"parent": {"digest": parent.digest}, "voided": found.voided}
     # The report tells what the data was compared with; it is no part of the content.
     meta["content"] = manifest_of(KIND, meta, {entry.name: entry for entry in entries}).digest
-    if parent is not None:
-        meta["parent"] = {"name": parent.name, "digest": parent.manifest.digest}
     entries.append(write_file(todo.folder, REPORT_FILE, json.dumps(found.report.plain()).encode()))
     entries.append(write_file(todo.folder, PAGE_FILE, page(found.report, found.before, found.examples)))
     tidy(todo.folder, [entry.name for entry in entries])
     with pointing(home):
         if parent is not None:
-            _check_latest(home, parent)
+            parent = _latest_like(home, parent)
+            meta["parent"] = {"name": parent.name, "digest": parent.manifest.digest}
         manifest = seal(todo.folder, KIND, meta, entries)
-        point(home, "snapshot", todo.folder.name)
+        lead(home, todo.folder.name)
     return Snapshot(todo.folder, manifest, () if parent is None else parent.stack.layers, todo.tombstones)
 
 
@@ -421,14 +420,19 @@ def _check_types(parent: Snapshot, tables: Tables) -> None:
             )
 
 
-def _check_latest(home: Place, parent: Snapshot) -> None:
-    """``ArtifactError`` where another snapshot became the latest meanwhile that has more than the parent."""
-    name = latest(home, "snapshot")
-    if name != parent.name and Snapshot.open(home, name).digest != parent.digest:
+def _latest_like(home: Place, parent: Snapshot) -> Snapshot:
+    """What to lie over: the latest snapshot, if it is still the parent or a compaction of it; else ``ArtifactError``.
+
+    What an append writes depends on the rows that its parent holds and the buckets they are in, not on the files: those of a parent that
+    was compacted and purged meanwhile are not asked for.
+    """
+    found = Snapshot.open(home)
+    if found.name != parent.name and (found.digest, found.num_buckets) != (parent.digest, parent.num_buckets):
         raise ArtifactError(
-            f"{name} became the latest snapshot while rows were appended to {parent.name}; nothing was published. Append again: "
+            f"{found.name} became the latest snapshot while rows were appended to {parent.name}; nothing was published. Append again: "
             "it reads what is missing there."
         )
+    return found
 
 
 def _literal(path: str) -> str:

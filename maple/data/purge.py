@@ -1,7 +1,7 @@
 """Removing what nobody needs: snapshots, features built of them, what dead runs left; and every version that still holds deleted users.
 
-What stays: the latest snapshot with its layers, those that trained runs name, and those made within ``grace_s``, which a reader may have
-open. A version that holds rows of a deleted user goes whoever names it; the latest one is compacted first.
+What stays: the latest snapshot with its layers, those that trained runs name, and those that were the latest within ``grace_s``, which a
+reader or an append may have open. A version that holds rows of a deleted user goes whoever names it; the latest one is compacted first.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 
 from maple.artifacts import MANIFEST, Place
 from maple.data.compact import Progress, compact
-from maple.data.drafts import is_dead, pointing, sweep
+from maple.data.drafts import LEFT, is_dead, pointing, sweep
 from maple.data.snapshot import Snapshot, names
 from maple.errors import ArtifactError
 
@@ -35,7 +34,7 @@ def purge(home: Place, *, grace_s: float = GRACE_S, say: Progress | None = None)
             if not _finished(home / "snapshots" / name):
                 continue
             found = _opened(home, name)
-            wanted = name in kept or name in set(_named_by_runs(home)) or _age_s(name) < grace_s
+            wanted = name in kept or name in set(_named_by_runs(home)) or _idle_s(home / "snapshots" / name) < grace_s
             if found is not None and wanted and (name in kept or not found.holds_deleted()):
                 kept |= _layers(found)
                 digests.add(found.digest)
@@ -84,12 +83,14 @@ def _meta(folder: Place) -> dict[str, object]:
         return {}
 
 
-def _age_s(name: str) -> float:
-    """How long ago a snapshot was begun, by its name."""
+def _idle_s(folder: Place) -> float:
+    """For how long a finished snapshot has not been the latest: since another one took its place, or since it was made if it never was."""
+    made = (folder.fs.get_file_info((folder / MANIFEST).path).mtime_ns or 0) / 1e9
     try:
-        return time.time() - datetime.strptime(name.split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return float("inf")
+        since = float(json.loads((folder / LEFT).read())["at"])
+    except (ArtifactError, ValueError, KeyError, TypeError):
+        since = made
+    return time.time() - max(made, since)
 
 
 def _remove(folder: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 
 from maple.artifacts import Place
 from maple.cli import cli
+from maple.data.drafts import pointing
 from maple.data.ingest import append_local, ingest_local
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
@@ -95,3 +97,15 @@ def test_old_online_events_expire(home: Path) -> None:
     assert "1 events" in run("events", "expire", "365")
     with opened(None) as (_, store):
         assert [event.event_id for event in store.history("ann")] == ["b"]
+
+
+def test_going_back_waits_for_who_is_publishing(home: Path) -> None:
+    place = Place.at(home)
+    young = Snapshot.open(place)
+    with ThreadPoolExecutor(1) as pool:
+        with pointing(place):
+            going = pool.submit(run, "snapshots", "use", str(young.parent))
+            assert wait([going], timeout=0.5).not_done
+            assert Snapshot.open(place).name == young.name
+        going.result(timeout=10)
+    assert Snapshot.open(place).name == young.parent

@@ -15,7 +15,7 @@ import pytest
 
 from maple.artifacts import Place, point
 from maple.data.compact import compact, due
-from maple.data.drafts import MAKER, sweep
+from maple.data.drafts import MAKER, sweep, tidy
 from maple.data.ingest import append_local, dry_run, ingest_local, restitch
 from maple.data.purge import purge
 from maple.data.snapshot import Snapshot
@@ -293,3 +293,75 @@ def test_a_parent_that_was_replaced_is_noticed(shop: Path) -> None:
         Snapshot.open(home, child.name)
     point(home, "snapshot", other.name)
     assert Snapshot.open(home).num_events == 405
+
+
+def grown_old(home: Place, hours: float = 2.0) -> None:
+    """As if everything in a home had been made some hours ago; what was the latest until now was."""
+    for path in Path(home.path).glob("snapshots/*/manifest.json"):
+        os.utime(path, (path.stat().st_mtime - 3600 * hours,) * 2)
+
+
+def while_publishing(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Do something once, just before an append is published."""
+
+    def meanwhile(*args: Any) -> None:
+        monkeypatch.setattr("maple.data.ingest.tidy", tidy)
+        act()
+        tidy(*args)
+
+    monkeypatch.setattr("maple.data.ingest.tidy", meanwhile)
+
+
+@pytest.mark.parametrize("grace", [0.0, 3600.0])
+def test_an_append_whose_parent_is_compacted_and_purged_meanwhile_lies_over_the_new_base(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, grace: float
+) -> None:
+    home = Place.at(shop / "home")
+    write(shop, "e1.csv", lines(400, 405))
+    under = grow(shop)
+    grown_old(home)
+    write(shop, "e2.csv", lines(405, 410))
+    bases = []
+
+    def act() -> None:
+        bases.append(compact(home).name)
+        # the parent was the latest until this moment: its grace begins now
+        assert (f"snapshots/{under.name}" in purge(home, grace_s=grace)) == (grace == 0)
+
+    while_publishing(monkeypatch, act)
+    child = grow(shop)
+    assert (child.parent, child.stack.layers[0].folder.name) == (bases[0], bases[0])
+    now = Snapshot.open(home)
+    assert now.name == child.name
+    assert ids(now) == ids(child) == [f"e{n:04d}" for n in range(410)]
+    assert compact(home).digest == now.digest
+
+
+def test_an_append_over_what_has_other_buckets_meanwhile_is_refused_and_leaves_nothing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Place.at(shop / "home")
+    write(shop, "e1.csv", lines(400, 700))
+    grow(shop)
+    write(shop, "e2.csv", lines(700, 705))
+
+    def act() -> None:
+        compact(home)
+        purge(home, grace_s=0)
+
+    while_publishing(monkeypatch, act)
+    with pytest.raises(ArtifactError, match=r"nothing was published\. Append again"):
+        grow(shop)
+    now = Snapshot.open(home)
+    assert (now.parent, now.num_buckets) == (None, 8)
+    assert [folder.name for folder in (home / "snapshots").children() if "." not in folder.name] == [now.name]
+    assert grow(shop).num_events == 705
+
+
+def test_the_grace_counts_from_when_a_snapshot_was_superseded(shop: Path) -> None:
+    home = Place.at(shop / "home")
+    first = Snapshot.open(home)
+    grown_old(home)
+    second = ingest_local(source(), Place.at(shop), home, rows_per_bucket=100, now=NOW)
+    assert purge(home) == []  # the first is two hours old, but was the latest until now
+    (first.folder / "superseded.json").write(b'{"at": 1.0}')
+    assert purge(home) == [f"snapshots/{first.name}"]
+    assert Snapshot.open(home).name == second.name
