@@ -22,6 +22,8 @@ from maple.errors import DataError
 
 Level: TypeAlias = Literal["error", "warn", "info", "off"]
 DUPLICATE = "duplicate"
+NETTED = "netted"  # the reason of rows that a return takes away
+CHANCE = 0.01  # that a column with a few values shows none in a batch: more likely than this is no finding
 
 
 class Checks(Section):
@@ -57,6 +59,8 @@ class Checks(Section):
     min_users: int = Field(default=10, ge=1)
     min_items: int = Field(default=10, ge=1)
     min_events: int = Field(default=100, ge=1)
+    # A share, a drift or missing values of fewer rows than these stop no append: they are a ``warn`` at most.
+    min_rows: int = Field(default=100, ge=1)
 
 
 class Tolerant(Protocol):
@@ -70,7 +74,10 @@ class Tolerant(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """What the checks are asked about: the new report, the parent's or None, the rules by name, the moment of ingestion (microseconds)."""
+    """What the checks are asked about: the new report, the parent's or None, the rules by name, the moment of ingestion (microseconds).
+
+    ``append``: the new rows are a batch over the parent, and not everything anew.
+    """
 
     checks: Checks
     report: ValidationReport
@@ -78,14 +85,27 @@ class Question:
     rules: Mapping[str, Tolerant]
     max_quarantined_share: float
     now: int
+    append: bool = False
+
+    def level(self, level: Level, rows: int) -> Level:
+        """The level of a finding that so many rows stand for: a small batch is not stopped by chance."""
+        return "warn" if level == "error" and self.append and rows < self.checks.min_rows else level
+
+    @property
+    def partial(self) -> bool:
+        """Whether this is a batch that lacks kinds of events which the parent has: distributions of all kinds then say nothing."""
+        return self.append and self.parent is not None and not {*self.parent.events.kinds} <= {*self.report.events.kinds}
 
 
 def run_checks(
     checks: Checks, report: ValidationReport, parent: ValidationReport | None = None, *, rules: Mapping[str, Tolerant] | None = None,
-    max_quarantined_share: float = 1.0, now: int = 0,
+    max_quarantined_share: float = 1.0, now: int = 0, append: bool = False,
 ) -> tuple[Finding, ...]:  # fmt: skip
-    """Every finding, errors first. ``parent`` is the report of the snapshot before; without one nothing can have drifted."""
-    asked = Question(checks, report, parent, rules or {}, max_quarantined_share, now)
+    """Every finding, errors first. ``parent`` is the report of the snapshot before; without one nothing can have drifted.
+
+    ``append``: the report is that of a batch over the parent. A batch may be small, and hold some kinds of events only.
+    """
+    asked = Question(checks, report, parent, rules or {}, max_quarantined_share, now, append)
     found = [finding for check in _CHECKS for finding in check(asked)]
     order: list[Severity] = ["error", "warn", "info"]
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
@@ -104,21 +124,22 @@ def stop_on_errors(findings: Iterable[Finding], what: str, examples: str = "") -
 
 def _quarantined(asked: Question) -> Iterator[Finding]:
     events = asked.report.events
+    bad = events.rows_quarantined - events.reasons.get(NETTED, 0)  # what was bought and returned is no bad row
     top = sorted(events.reasons.items(), key=lambda pair: -pair[1])[:4]
     why = "; ".join(f"{name}: {count:,}" for name, count in top) or "the files hold no rows"
     if events.rows_clean == 0:
-        if events.rows_known + events.rows_deleted:
-            return  # a batch without news
+        if events.rows_known + events.rows_deleted or (asked.append and bad == 0):
+            return  # a batch without news, or of returns that took back what was bought
         text = f"no events are left after cleaning {events.rows_judged:,} rows ({why}). Check `columns:` and `rules:` in the source YAML."
         yield Finding("quarantined", "error", "", text, 1.0, asked.max_quarantined_share)
         return
-    share, limit = events.rows_quarantined / events.rows_judged, asked.max_quarantined_share
+    share, limit = bad / events.rows_judged, asked.max_quarantined_share
     if share > limit:
         text = (
             f"{share:.1%} of {events.rows_judged:,} rows would be quarantined, more than `max_quarantined_share: {limit}` allows ({why}). "
             "Fix the mapping or the files, or raise the limit in the source YAML."
         )
-        yield from _found(asked.checks.quarantined, "quarantined", "", text, share, limit)
+        yield from _found(asked.level(asked.checks.quarantined, events.rows_judged), "quarantined", "", text, share, limit)
 
 
 def _rules(asked: Question) -> Iterator[Finding]:
@@ -128,7 +149,8 @@ def _rules(asked: Question) -> Iterator[Finding]:
         share = count / max(events.rows_judged, 1)
         if rule.severity is not None and count and share > rule.max_share:
             text = f"the rule {name!r} fired on {count:,} of {events.rows_judged:,} rows ({share:.2%}, allowed {rule.max_share:.2%})."
-            yield Finding(name, rule.severity, getattr(rule, "column", ""), text, share, rule.max_share)
+            level = asked.level(rule.severity, events.rows_judged) if rule.max_share else rule.severity
+            yield from _found(level, name, getattr(rule, "column", ""), text, share, rule.max_share)
 
 
 def _duplicates(asked: Question) -> Iterator[Finding]:
@@ -136,7 +158,7 @@ def _duplicates(asked: Question) -> Iterator[Finding]:
     share = events.reasons.get(DUPLICATE, 0) / max(events.rows_judged, 1)
     if share > limit:
         text = f"{share:.1%} of the rows are duplicates (allowed {limit:.1%}); was a file exported or listed twice?"
-        yield from _found(asked.checks.duplicates, "duplicates", "", text, share, limit)
+        yield from _found(asked.level(asked.checks.duplicates, events.rows_judged), "duplicates", "", text, share, limit)
 
 
 def _too_few(asked: Question) -> Iterator[Finding]:
@@ -160,17 +182,28 @@ def _time(asked: Question) -> Iterator[Finding]:
     if checks.max_age_days is not None and asked.now and age > checks.max_age_days:
         text = f"the last event is {age:.1f} days old, older than `max_age_days: {checks.max_age_days}`; did the export stop?"
         yield from _found(checks.freshness, "freshness", "timestamp", text, age, checks.max_age_days)
-    gap = 0.0
-    column = None if events.profile is None else events.profile.columns.get("timestamp")
-    if column is not None and len(column.bins) > 1:
-        days = sorted(column.bins)
-        gap = float(max(after - before for before, after in itertools.pairwise(days)) - 1) * column.width
-    before = None if asked.parent is None else asked.parent.events.last
-    since = 0.0 if before is None else (events.first - before) / DAY_US
-    for length, where in ((gap, "within the data"), (since, "since the last event of the parent")):
+    now, before = _days(events), None if asked.parent is None else _days(asked.parent.events)
+    where, since = "within the data", 0.0
+    if asked.append and now is not None and before is not None:
+        width = max(now.width, before.width)
+        old = {day * before.width // width for day in before.bins}
+        new = {day * now.width // width for day in now.bins} - old
+        days, where = sorted(old | new), "around the new rows"
+        gaps = [after - day for day, after in itertools.pairwise(days) if day in new or after in new]  # the others were there before
+    else:
+        width, days = (1, []) if now is None else (now.width, sorted(now.bins))
+        gaps = [after - day for day, after in itertools.pairwise(days)]
+        if asked.parent is not None and asked.parent.events.last is not None:
+            since = (events.first - asked.parent.events.last) / DAY_US
+    for length, place in ((float(max(gaps, default=1) - 1) * width, where), (since, "since the last event of the parent")):
         if length > checks.max_gap_days:
-            text = f"{length:.0f} days without any event {where}, more than `max_gap_days: {checks.max_gap_days:g}`; is a file missing?"
+            text = f"{length:.0f} days without any event {place}, more than `max_gap_days: {checks.max_gap_days:g}`; is a file missing?"
             yield from _found(checks.time_gap, "time_gap", "timestamp", text, length, checks.max_gap_days)
+
+
+def _days(report: TableReport) -> ColumnProfile | None:
+    """The times of events, counted by days."""
+    return None if report.profile is None else report.profile.columns.get("timestamp")
 
 
 # -- against the parent ------------------------------------------------------------------------------------------------
@@ -185,6 +218,8 @@ def _file_columns(asked: Question) -> Iterator[Finding]:
         if _ignored(name, asked.checks) or before.get(name) == now.get(name):
             continue
         if name not in now:
+            if asked.partial:
+                continue  # a column of files that no new one is like
             text = f"the event files have no column {name!r} any more (the parent's had it as {before[name]})."
         elif name not in before:
             text = f"the event files have a new column {name!r} ({now[name]}); name it under `keep:` to use it."
@@ -202,6 +237,8 @@ def _columns(asked: Question) -> Iterator[Finding]:
             if _ignored(name, asked.checks):
                 continue
             if name not in now.columns:
+                if table == "events" and (usual := _usual(asked, name)) is not None and usual.misses == 1:
+                    continue  # the kinds of events in this batch never had it
                 text = (
                     f"{table} have no column {name!r} any more; map it again in the source YAML, or set `checks: {{missing_column: warn}}`."
                 )
@@ -209,20 +246,46 @@ def _columns(asked: Question) -> Iterator[Finding]:
             elif name not in before.columns:
                 yield from _found(asked.checks.new_column, "new_column", name, f"{table} have a new column {name!r}.")
             else:
-                yield from _one_column(asked.checks, table, name, now.columns[name], before.columns[name])
+                yield from _one_column(asked, table, name, now.columns[name], before.columns[name])
 
 
-def _one_column(checks: Checks, table: str, name: str, now: ColumnProfile, before: ColumnProfile) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Usual:
+    """Missing values of a column in some rows, and the share that was to be expected by the parent."""
+
+    rows: int
+    nulls: int
+    misses: float
+
+
+def _usual(asked: Question, name: str) -> _Usual | None:
+    """A column of a batch against the parent's events of the same kinds, as many of each; None where the parent did not count by kinds."""
+    before = None if asked.parent is None else asked.parent.events
+    now = asked.report.events
+    if not asked.append or before is None or before.profile is None or name not in before.profile.columns:
+        return None
+    column = before.profile.columns[name]
+    if sum(before.valued.get(f"{kind}:{name}", 0) for kind in before.kinds) != column.rows - column.nulls:
+        return None
+    kinds = {kind: count for kind, count in now.kinds.items() if before.kinds.get(kind)}
+    rows = sum(kinds.values())
+    there = sum(now.valued.get(f"{kind}:{name}", 0) for kind in kinds)
+    expected = sum(count * before.valued.get(f"{kind}:{name}", 0) / before.kinds[kind] for kind, count in kinds.items())
+    return _Usual(rows, rows - there, 1 - expected / rows if expected else 1.0)
+
+
+def _one_column(asked: Question, table: str, name: str, now: ColumnProfile, before: ColumnProfile) -> Iterator[Finding]:
     if not now.rows or not before.rows:
         return
-    if now.nulls == now.rows:
-        if before.nulls < before.rows:
-            text = (
-                f"column {name!r} of {table} has no value in any of {now.rows:,} rows (the parent: {1 - before.null_share:.1%} have one)."
-            )
-            yield from _found(
-                checks.all_null, "all_null", name, text + " Was it renamed or left out of the export?", 1.0, before.null_share
-            )
+    checks = asked.checks
+    usual = (_usual(asked, name) if table == "events" else None) or _Usual(now.rows, now.nulls, before.null_share)
+    if not usual.rows:
+        return  # no kind of events in common
+    if usual.nulls == usual.rows:
+        if usual.misses < 1 and not (asked.append and usual.misses**usual.rows > CHANCE):
+            text = f"column {name!r} of {table} has no value in any of {usual.rows:,} rows (the parent: {1 - usual.misses:.1%} have one)."
+            level = asked.level(checks.all_null, usual.rows)
+            yield from _found(level, "all_null", name, text + " Was it renamed or left out of the export?", 1.0, usual.misses)
         return
     if before.nulls == before.rows:
         yield from _found(checks.new_column, "new_column", name, f"column {name!r} of {table} has values now; it had none.")
@@ -231,28 +294,35 @@ def _one_column(checks: Checks, table: str, name: str, now: ColumnProfile, befor
         text = f"column {name!r} of {table} is {now.type} and was {before.type}; convert it in the export or map it by `types:`."
         yield from _found(checks.type_change, "type_change", name, text)
         return
-    change = now.null_share - before.null_share
+    share = usual.nulls / usual.rows
+    change = share - usual.misses
     if abs(change) > checks.null_change:
-        text = f"{now.null_share:.1%} of column {name!r} of {table} are missing, {before.null_share:.1%} in the parent."
-        yield from _found(checks.nulls, "nulls", name, text, change, checks.null_change)
+        text = f"{share:.1%} of column {name!r} of {table} are missing, {usual.misses:.1%} in the parent."
+        yield from _found(asked.level(checks.nulls, usual.rows), "nulls", name, text, change, checks.null_change)
     if now.kind == "text" and before.complete and now.distinct > max(checks.new_values_factor * before.distinct, before.distinct + 10):
         text = f"column {name!r} of {table} has {now.distinct:,} distinct values, the parent {before.distinct:,}"
         limit = checks.new_values_factor * before.distinct
-        yield from _found(checks.new_values, "new_values", name, text + "; is it still the same column?", now.distinct, limit)
+        yield from _found(
+            asked.level(checks.new_values, now.rows), "new_values", name, text + "; is it still the same column?", now.distinct, limit
+        )
         return
     index = psi(before, now)
     if index is not None:
-        yield from _drift(checks, table, name, index)
+        yield from _drift(asked, table, name, index, now.rows)
 
 
-def _drift(checks: Checks, table: str, name: str, index: Psi) -> Iterator[Finding]:
+def _drift(asked: Question, table: str, name: str, index: Psi, rows: int) -> Iterator[Finding]:
+    checks = asked.checks
     sure = index.value - index.noise
     if sure > checks.psi_info:
         text = (
             f"column {name!r} of {table} is distributed differently: PSI {index.value:.2f} (chance alone {index.noise:.3f}); {index.told}."
         )
         level: Level = checks.drift if sure > checks.psi or checks.drift == "off" else "info"
-        yield from _found(level, "drift", name, text, index.value, checks.psi if level != "info" else checks.psi_info)
+        limit = checks.psi if level != "info" else checks.psi_info
+        if level in ("error", "warn"):
+            level = "info" if asked.partial and table == "events" else asked.level(level, rows)
+        yield from _found(level, "drift", name, text, index.value, limit)
 
 
 def _volume(asked: Question) -> Iterator[Finding]:
@@ -264,11 +334,12 @@ def _volume(asked: Question) -> Iterator[Finding]:
         text = (
             f"{now:,.0f} events per active day, {before:,.0f} in the parent: a change by more than {factor:g} times; is the export whole?"
         )
-        yield from _found(asked.checks.volume, "volume", "", text, now / before, factor)
+        level = asked.level(asked.checks.volume, asked.report.events.rows_judged)
+        yield from _found(level, "volume", "", text, now / before, factor)
 
 
 def _daily(report: TableReport) -> float:
-    column = None if report.profile is None else report.profile.columns.get("timestamp")
+    column = _days(report)
     return report.rows_clean / (len(column.bins) * column.width) if column is not None and column.bins else 0.0
 
 

@@ -24,7 +24,6 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 UInt64: TypeAlias = npt.NDArray[np.uint64]
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
-NETTED = "netted"  # the reason of rows that a return takes away
 NOTHING = 1e-6  # of a quantity: what rounding leaves
 HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), "S2")
 LANES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))

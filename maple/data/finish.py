@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from maple.artifacts import FileEntry, arrow_bytes
 from maple.data import etl
 from maple.data.behaviour import judge_users
-from maple.data.checks import DUPLICATE
+from maple.data.checks import DUPLICATE, NETTED
 from maple.data.history import row_keys
 from maple.data.identity import SOURCE_USER
 from maple.data.layers import write_index, write_part
@@ -106,8 +106,8 @@ def by_user(plan: Plan, events: pa.Table) -> tuple[pa.Table, pa.Table, dict[str,
     aside = [behaved.quarantined]
     if plan.source.returns == "net":
         clean, netted = etl.net_returns(clean, plan.source.returns_days)
-        aside.append(with_reason(netted, etl.NETTED))
-        counts[etl.NETTED] = netted.num_rows
+        aside.append(with_reason(netted, NETTED))
+        counts[NETTED] = netted.num_rows
     return etl.in_order(clean), pa.concat_tables(aside), counts
 
 

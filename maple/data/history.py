@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from maple.data import etl
 from maple.data.behaviour import Entropy, Rate, names_of
-from maple.data.etl import NETTED
+from maple.data.checks import NETTED
 from maple.data.identity import SOURCE_USER, Stitching
 from maple.data.layers import id_hashes, joined
 from maple.data.plan import Moves, stitched

@@ -326,7 +326,10 @@ def _assessed(todo: Plan, home: Place, run: Runner, sides: Sides) -> Assessed:
     if todo.tables is not None:
         rules = {**todo.rules.by_name, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
         limit = source.max_quarantined_share
-        report = replace(report, findings=run_checks(source.checks, report, before, rules=rules, max_quarantined_share=limit, now=todo.now))
+        found = run_checks(
+            source.checks, report, before, rules=rules, max_quarantined_share=limit, now=todo.now, append=todo.parent is not None
+        )
+        report = replace(report, findings=found)
     return Assessed(report, before, _examples(todo, entries), entries, voided, facts)
 
 

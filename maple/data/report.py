@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -58,6 +59,7 @@ class TableReport:
     nulls: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
+    valued: Mapping[str, int] = field(default_factory=dict)  # clean events with a value, by "kind:column"
     users: int = 0
     first: int | None = None  # microseconds
     last: int | None = None
@@ -88,7 +90,7 @@ class TableReport:
         counts: dict[str, Any] = {}
         for name in ("rows_in", "rows_clean", "rows_quarantined", "users", "rows_known", "rows_deleted"):
             counts[name] = sum(getattr(part, name) for part in everything)
-        for name in ("reasons", "rules", "nulls", "files", "kinds"):
+        for name in ("reasons", "rules", "nulls", "files", "kinds", "valued"):
             total: dict[str, int] = {}
             for part in everything:
                 for key, count in getattr(part, name).items():
@@ -116,9 +118,26 @@ def table_report(clean: pa.Table, quarantined: pa.Table, rules: Mapping[str, int
         reasons=count_values(quarantined["reason"]), rules=dict(rules),
         nulls={name: clean[name].null_count for name in clean.column_names if not name.startswith("_")},
         files=files, kinds=count_values(clean["event"]) if "event" in clean.column_names else {},
+        valued=_valued(clean) if "event" in clean.column_names else {},
         users=pc.count_distinct(clean["user_id"]).as_py() if "user_id" in clean.column_names else 0,
         first=times["min"], last=times["max"], profile=profile,
     )  # fmt: skip
+
+
+def _valued(events: pa.Table) -> dict[str, int]:
+    """How many events of each kind have a value in each column, by "kind:column"; NaN and infinite are none."""
+    kinds = events["event"].combine_chunks().dictionary_encode()
+    codes = np.asarray(kinds.indices.fill_null(len(kinds.dictionary)))
+    names = kinds.dictionary.to_pylist()
+    out: dict[str, int] = {}
+    for name in events.column_names:
+        if name.startswith("_"):
+            continue
+        column = events[name].cast(pa.float32()) if pa.types.is_float16(events[name].type) else events[name]
+        there = pc.fill_null(pc.is_finite(column), False) if pa.types.is_floating(column.type) else pc.is_valid(column)
+        counts = np.bincount(codes[np.asarray(there)], minlength=len(names))
+        out |= {f"{kind}:{name}": int(count) for kind, count in zip(names, counts, strict=False) if count}
+    return dict(sorted(out.items()))
 
 
 @dataclass(frozen=True)

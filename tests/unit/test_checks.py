@@ -154,3 +154,50 @@ def test_the_page_shows_findings_examples_and_the_parent_but_no_user() -> None:
     assert "polyline" not in alone
     empty = ValidationReport("s", TableReport(), 0)
     assert b"Data report" in page(empty, None)
+
+
+def test_a_batch_of_some_kinds_is_compared_with_the_same_kinds_of_the_parent() -> None:
+    kinds = ["view"] * 300 + ["purchase"] * 100
+    prices = pa.array([None] * 300 + [2.0] * 100, pa.float32())
+    parent = report(rows(2, event=kinds, price=prices))
+    clicks = report(rows(1, event=["view"] * 400, price=pa.nulls(400, pa.float32())))
+    assert ("all_null", "error", "price") in found(clicks, parent)  # everything anew
+    assert {level for _, level, _ in found(clicks, parent, append=True)} <= {"info"}
+    assert {level for _, level, _ in found(report(rows(1, event=["view"] * 400, price=None)), parent, append=True)} <= {"info"}
+    bought = report(rows(1, event=["purchase"] * 400, price=pa.nulls(400, pa.float32())))
+    assert ("all_null", "error", "price") in found(bought, parent, append=True)
+    assert ("missing_column", "error", "price") in found(report(rows(1, event=["purchase"] * 400, price=None)), parent, append=True)
+    few = report(rows(1, size=20, event=["purchase"] * 20, price=pa.nulls(20, pa.float32())))
+    assert ("all_null", "warn", "price") in found(few, parent, append=True)
+
+
+def test_a_small_batch_is_not_stopped_by_shares() -> None:
+    parent = report(rows(2))
+    some_bad = report(rows(1, size=2), pa.table({"reason": ["bad"] * 3}), {"bad": 3})
+    assert found(some_bad, parent, max_quarantined_share=0.2)[0] == ("quarantined", "error", "")
+    assert ("quarantined", "warn", "") in found(some_bad, parent, max_quarantined_share=0.2, append=True)
+    assert ("quarantined", "error", "") in found(some_bad, parent, QUIET.with_(min_rows=5), max_quarantined_share=0.2, append=True)
+    strict = QUIET.with_(drift="error")
+    moved = report(rows(1, size=90, country=["NL"] * 90))
+    assert ("drift", "error", "country") in found(moved, parent, strict)
+    assert ("drift", "warn", "country") in found(moved, parent, strict, append=True)
+
+
+def test_what_was_bought_and_returned_is_no_bad_row() -> None:
+    parent = report(rows(2))
+    taken_back = ValidationReport("s", TableReport(rows_in=1, rows_quarantined=1, reasons={"netted": 1}), 0)
+    assert found(taken_back, parent, append=True) == []
+    half = report(rows(1), pa.table({"reason": ["netted"] * 400}))
+    assert not [entry for entry in found(half, parent, max_quarantined_share=0.1) if entry[0] == "quarantined"]
+    all_bad = ValidationReport("s", TableReport(rows_in=1, rows_quarantined=1, reasons={"bad": 1}), 0)
+    assert found(all_bad, parent, append=True)[0][:2] == ("quarantined", "error")
+
+
+def test_days_without_events_are_those_of_parent_and_batch_together() -> None:
+    parent = report(rows(2, first_day=100, days=200))
+    late = report(pa.concat_tables([rows(1, size=3, first_day=110, days=1), rows(3, first_day=300, days=10)]))
+    assert ("time_gap", "warn", "timestamp") in found(late, parent)
+    assert not [entry for entry in found(late, parent, append=True) if entry[0] == "time_gap"]
+    assert ("time_gap", "warn", "timestamp") in found(report(rows(1, first_day=400)), parent, append=True)
+    holes = report(pa.concat_tables([rows(4, first_day=0, days=10), rows(2, first_day=100, days=200)]))  # told when it was ingested
+    assert not [entry for entry in found(report(rows(1, first_day=300)), holes, append=True) if entry[0] == "time_gap"]
