@@ -40,6 +40,11 @@ def run(scratch: Path, users: int = 400) -> list[dict[str, Any]]:
     source, root = load_source(str(folder))
     plain = source.plain()
     plain["events"]["path"] = "events*.parquet"
+    (folder / "clicks.jsonl").write_text(  # a line that no parser can take apart names the user
+        f'{{"who": "u1", "what": "i1", "at": "2024-01-01T00:00:00"}}\n{{"who": "{CANARY}", "what": broken\n'
+    )
+    clicks = {"path": "clicks.jsonl", "columns": {"user_id": "who", "item_id": "what", "timestamp": "at"}, "constants": {"event": "view"}}
+    plain["events"] = [plain["events"], clicks]
     source = type(source).parse(plain, "benchmark")
     late = pq.read_table(folder / "events.parquet")
     cut = late.num_rows * 9 // 10

@@ -154,12 +154,12 @@ class Snapshot:
         return replace(own, events=events)
 
     def holds_deleted(self) -> bool:
-        """Whether files of this snapshot hold rows of deleted users, clean or set aside."""
+        """Whether files of this snapshot hold rows of deleted users, clean or set aside, or texts that may be theirs."""
         if not self.hides:
             return False
         for bucket in range(self.num_buckets):
             for part in (self.stack.events(bucket), self.stack.quarantine(bucket)):
-                if part is not None and self.tombstones.keep(part).num_rows < part.num_rows:
+                if part is not None and self.tombstones.keep(part) != part:
                     return True
         users = self.stack.newest(USERS_FILE, "user_id")
         edges = self.stack.last(IDENTITIES_FILE)

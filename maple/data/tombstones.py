@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from maple.artifacts import Place
+from maple.data.report import UNREADABLE
 from maple.hashing import combine
 from maple.schema import check_id
 
@@ -63,12 +65,20 @@ class Tombstones:
         return np.asarray(gone[np.asarray(coded.indices.fill_null(len(coded.dictionary)))])
 
     def keep(self, table: pa.Table) -> pa.Table:
-        """The rows of a table that belong to nobody on the list, by ``user_id`` and, where ids were stitched, ``source_user_id``."""
+        """The rows of a table that belong to nobody on the list, by ``user_id`` and, where ids were stitched, ``source_user_id``.
+
+        The text of a row that could not be read and has no user id may name anyone: it is blanked.
+        """
         names = [name for name in ("user_id", "source_user_id") if name in table.column_names]
         if not self.marks or not names or table.num_rows == 0:
             return table
         gone = np.logical_or.reduce([self.covers(table[name]) for name in names])
-        return table.filter(pa.array(~gone)) if gone.any() else table
+        kept = table.filter(pa.array(~gone)) if gone.any() else table
+        for name in ("unreadable", UNREADABLE):
+            if name in kept.column_names and "user_id" in kept.column_names and kept[name].null_count < kept.num_rows:
+                text = pc.if_else(pc.is_valid(kept["user_id"]), kept[name], None)
+                kept = kept.set_column(kept.column_names.index(name), kept.schema.field(name), text)
+        return kept
 
     def _each(self, ids: pa.Array) -> Iterator[bool]:
         keys = sorted({key for key, _ in self.marks})

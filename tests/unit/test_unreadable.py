@@ -1,0 +1,65 @@
+"""Rows that could not be read: their whole text is kept, swallowed lines are told of, and a deletion blanks what may name the person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from maple.artifacts import Place
+from maple.data.compact import compact
+from maple.data.ingest import append_local, ingest_local
+from maple.data.purge import purge
+from maple.data.snapshot import Snapshot
+from maple.data.sources import SourceConfig
+from maple.data.tombstones import Tombstones
+
+NOW = 1_800_000_000_000_000
+HEAD = "id,who,what,when\n"
+
+
+def source(**more: Any) -> SourceConfig:
+    columns = {"event_id": "id", "user_id": "who", "item_id": "what", "timestamp": "when"}
+    events = {"path": "e*.csv", "columns": columns, "constants": {"event": "purchase"}}
+    return SourceConfig.parse({"name": "shop", "max_quarantined_share": 0.9, "events": events, **more}, "test")
+
+
+def good(start: int, stop: int) -> str:
+    return "".join(f"e{n},u{n % 5},i{n % 7},2024-01-{1 + n // 24:02d}T{n % 24:02d}:00:00\n" for n in range(start, stop))
+
+
+def ingest(folder: Path, text: str, name: str = "e0.csv", **more: Any) -> Snapshot:
+    (folder / name).write_text(HEAD + text)
+    return ingest_local(source(**more), Place.at(folder), Place.at(folder / "home"), now=NOW)
+
+
+def mentions(folder: Path, what: str) -> list[str]:
+    return [str(path) for path in folder.rglob("*.parquet") if what in str(pq.read_table(path).to_pylist())]
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_a_broken_line_of_a_deleted_user_leaves_no_trace(tmp_path: Path, appended: bool) -> None:
+    home = Place.at(tmp_path / "home")
+    broken = "e900,canary-7f3a,i1,2024-01-02T00:00:00,too,many\ne901,u1,i1,never\n"
+    snapshot = ingest(tmp_path, good(0, 40) + ("" if appended else broken))
+    if appended:
+        (tmp_path / "e1.csv").write_text(HEAD + good(40, 60) + broken)
+        snapshot = append_local(source(), Place.at(tmp_path), home, now=NOW)
+    assert mentions(tmp_path / "home", "canary-7f3a")
+    Tombstones.add(home, "canary-7f3a")
+    aside = Snapshot.open(home, snapshot.name).quarantine().sort_by("row").to_pylist()
+    assert [(row["reason"], row["user_id"], row["unreadable"]) for row in aside] == [
+        ("unreadable", None, None),
+        ("unreadable", "u1", "timestamp=never"),
+    ]
+    before = Snapshot.open(home).digest
+    purge(home, grace_s=0)
+    assert mentions(tmp_path / "home", "canary-7f3a") == []
+    assert Snapshot.open(home).digest == before
+    again = ingest_local(source(), Place.at(tmp_path), home, now=NOW)  # the files still name the user
+    assert again.quarantine().num_rows == 2
+    purge(home, grace_s=0)
+    assert compact(home).name == again.name
+    assert mentions(tmp_path / "home", "canary-7f3a") == []
