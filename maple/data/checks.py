@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 from pydantic import Field
@@ -76,7 +76,7 @@ class Tolerant(Protocol):
 class Question:
     """What the checks are asked about: the new report, the parent's or None, the rules by name, the moment of ingestion (microseconds).
 
-    ``append``: the new rows are a batch over the parent, and not everything anew.
+    ``append``: the new rows are a batch over the parent, and not everything anew. ``examples``: a row that was set aside, by reason.
     """
 
     checks: Checks
@@ -86,6 +86,7 @@ class Question:
     max_quarantined_share: float
     now: int
     append: bool = False
+    examples: Mapping[str, str] = field(default_factory=dict)
 
     def level(self, level: Level, rows: int) -> Level:
         """The level of a finding that so many rows stand for: a small batch is not stopped by chance."""
@@ -100,12 +101,14 @@ class Question:
 def run_checks(
     checks: Checks, report: ValidationReport, parent: ValidationReport | None = None, *, rules: Mapping[str, Tolerant] | None = None,
     max_quarantined_share: float = 1.0, now: int = 0, append: bool = False,
+    examples: Mapping[str, str] | None = None,
 ) -> tuple[Finding, ...]:  # fmt: skip
     """Every finding, errors first. ``parent`` is the report of the snapshot before; without one nothing can have drifted.
 
     ``append``: the report is that of a batch over the parent. A batch may be small, and hold some kinds of events only.
+    ``examples``: where a row of a reason is ("row 3 of a.csv"), to be told with what a rule found.
     """
-    asked = Question(checks, report, parent, rules or {}, max_quarantined_share, now, append)
+    asked = Question(checks, report, parent, rules or {}, max_quarantined_share, now, append, examples or {})
     found = [finding for check in _CHECKS for finding in check(asked)]
     order: list[Severity] = ["error", "warn", "info"]
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
@@ -149,6 +152,7 @@ def _rules(asked: Question) -> Iterator[Finding]:
         share = count / max(events.rows_judged, 1)
         if rule.severity is not None and count and share > rule.max_share:
             text = f"the rule {name!r} fired on {count:,} of {events.rows_judged:,} rows ({share:.2%}, allowed {rule.max_share:.2%})."
+            text += f" See {asked.examples[name]}." if name in asked.examples else ""
             level = asked.level(rule.severity, events.rows_judged) if rule.max_share else rule.severity
             yield from _found(level, name, getattr(rule, "column", ""), text, share, rule.max_share)
 

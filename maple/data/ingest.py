@@ -323,14 +323,16 @@ def _assessed(todo: Plan, home: Place, run: Runner, sides: Sides) -> Assessed:
         source.name, events, 0 if facts is None else pc.count_distinct(facts["item_id"]).as_py(), items, users,
         parent="" if previous is None else previous.name, file_columns={} if todo.tables is None else todo.tables.file_columns(),
     )  # fmt: skip
+    examples = _examples(todo, entries)
     if todo.tables is not None:
         rules = {**todo.rules.by_name, **dict(zip(names_of(source.behaviour), source.behaviour, strict=True))}
         limit = source.max_quarantined_share
         found = run_checks(
-            source.checks, report, before, rules=rules, max_quarantined_share=limit, now=todo.now, append=todo.parent is not None
-        )
+            source.checks, report, before, rules=rules, max_quarantined_share=limit, now=todo.now, append=todo.parent is not None,
+            examples={row["reason"]: f"row {row['row'] + 1} of {row['file']}" for row in reversed(examples.to_pylist())},
+        )  # fmt: skip
         report = replace(report, findings=found)
-    return Assessed(report, before, _examples(todo, entries), entries, voided, facts)
+    return Assessed(report, before, examples, entries, voided, facts)
 
 
 def _previous(home: Place, source: SourceConfig) -> Snapshot | None:

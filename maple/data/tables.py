@@ -29,7 +29,8 @@ RATES = pa.schema([("currency", pa.string()), ("timestamp", TIMESTAMP), ("rate",
 ATOMIC_KEPT = {"float": "float", "token_seq": "strings", "float_seq": "floats"}
 
 #: Why a row could not be made whole, by what ``_unreadable`` begins with; each is a reason of its own.
-SPECIAL = {"unmatched_join": "^join: ", "unknown_currency": "^currency: ", "unknown_unit": "^unit: "}
+MAX_TEXT = 65_536  # characters that are kept of a record which could not be read
+SPECIAL = {"spanning_record": "^lines: ", "unmatched_join": "^join: ", "unknown_currency": "^currency: ", "unknown_unit": "^unit: "}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +157,11 @@ class Tables:
         part = shape(raw, table, self.target, label, self.rates[fragment.table])
         if unmatched:
             part = part.set_column(part.column_names.index(UNREADABLE), UNREADABLE, pc.coalesce(*unmatched, part[UNREADABLE]))
+        if fragment.stop is None and table.format_of(label) in ("csv", "tsv"):  # quoted fields may run over lines
+            part = _spanning(part, self.target)
         if broken:
             lost = empty(table, self.target, raw.schema, label, len(broken))
-            texts = [f"line: {text[:200]}" for _, text in broken]
+            texts = [_told(text) for _, text in broken]
             part = pa.concat_tables([part, lost.set_column(lost.column_names.index(UNREADABLE), UNREADABLE, pa.array(texts, pa.string()))])
         rows = np.concatenate([numbers, np.array([number for number, _ in broken], np.int64)])
         name = pa.DictionaryArray.from_arrays(pa.array(np.zeros(part.num_rows, np.int32)), pa.array([label])).cast(pa.string())
@@ -201,9 +204,20 @@ class RuleBook:
         ``ConfigError`` for a rule about a column that its table does not have.
         """
         book = []
-        for table in tables.tables:
-            special = {"unmatched_join": table.join, "unknown_currency": table.currencies, "unknown_unit": table.units}
-            marks = [Pattern(kind="pattern", name=name, column=UNREADABLE, matches=SPECIAL[name]) for name, used in special.items() if used]
+        quoted = {part.table for part in tables.fragments if tables.tables[part.table].format_of(part.label) in ("csv", "tsv")}
+        for number, table in enumerate(tables.tables):
+            special = {
+                "spanning_record": number in quoted, "unmatched_join": table.join, "unknown_currency": table.currencies,
+                "unknown_unit": table.units,
+            }  # fmt: skip
+            marks = [
+                Pattern(
+                    kind="pattern", name=name, column=UNREADABLE, matches=SPECIAL[name],
+                    severity="warn" if name == "spanning_record" else None,
+                )
+                for name, used in special.items()
+                if used
+            ]  # fmt: skip
             needed = complete(table.rules, ids, events=events, parent=parent)
             rules = (*marks, *(rule for rule in needed if unique or rule.kind != "repeated"))
             known = {*tables.target.names, *table.names, UNREADABLE}
@@ -253,6 +267,27 @@ def read_whole(table: FileSource, wanted: Sequence[str], root: Place) -> pa.Tabl
         return pa.concat_tables(parts).combine_chunks()
     except pa.ArrowInvalid as error:
         raise DataError(f"the files of {', '.join(table.paths)} disagree on a column: {error}") from None
+
+
+def _told(text: str) -> str:
+    """What is kept of a record that could not be taken apart: its text, after how many lines it runs over if it is more than one."""
+    text = text.rstrip("\r\n")
+    count = len(text.splitlines())
+    cut = len(text) - MAX_TEXT
+    front = "line: " if count < 2 else f"lines: {count} in one record, is a quote missing? "
+    return front + (text if cut <= 0 else f"{text[:MAX_TEXT]} ... and {cut:,} more characters")
+
+
+def _spanning(part: pa.Table, target: pa.Schema) -> pa.Table:
+    """The rows, those marked whose ids hold line ends: a quote that never closed swallowed the records behind it."""
+    for name in (name for name in target.names if name.endswith("_id")):
+        ends = pc.fill_null(pc.match_substring(part[name], "\n"), False)
+        if pc.any(ends).as_py():
+            count = pc.cast(pc.add(pc.count_substring(part[name], "\n"), 1), pa.string())
+            text = pc.binary_join_element_wise("lines: ", count, f" in one {name}, is a quote missing? ", part[name], "")
+            text = pc.coalesce(pc.if_else(ends, text, None), part[UNREADABLE])
+            part = part.set_column(part.column_names.index(UNREADABLE), UNREADABLE, text)
+    return part
 
 
 def _typed(table: TableSource, listed: Sequence[tuple[str, Place]]) -> TableSource:

@@ -63,3 +63,29 @@ def test_a_broken_line_of_a_deleted_user_leaves_no_trace(tmp_path: Path, appende
     purge(home, grace_s=0)
     assert compact(home).name == again.name
     assert mentions(tmp_path / "home", "canary-7f3a") == []
+
+
+def test_the_whole_text_of_a_record_is_kept_up_to_a_limit(tmp_path: Path) -> None:
+    long = "x" * 5_000
+    longer = "y" * 70_000
+    snapshot = ingest(tmp_path, good(0, 40) + f"e900,u1,i1,2024-01-02,{long},end\ne901,u1,i1,2024-01-02,{longer},end\n")
+    kept = snapshot.quarantine().sort_by("row")
+    assert kept["reason"].to_pylist() == ["unreadable"] * 2
+    short, cut = kept["unreadable"].to_pylist()
+    assert short == f"line: e900,u1,i1,2024-01-02,{long},end"
+    assert cut.startswith("line: e901,u1,i1,2024-01-02,yyy")
+    assert cut.endswith("y ... and 4,490 more characters")
+
+
+@pytest.mark.parametrize("closing", ['e903,u3,"i3,2024-01-02\n', 'e903,u3",i3,2024-01-02\n'])
+def test_lines_that_an_open_quote_swallows_are_told_of(tmp_path: Path, closing: str) -> None:
+    swallowed = 'e900,"u1,i1,2024-01-02\ne901,u1,i1,2024-01-02\ne902,u1,i1,2024-01-02\n' + closing
+    snapshot = ingest(tmp_path, good(0, 20) + swallowed + good(20, 40))
+    row = snapshot.quarantine().to_pylist()[0]
+    assert (row["reason"], row["file"], row["row"]) == ("spanning_record", "e0.csv", 20)
+    assert row["unreadable"].startswith("lines: 4 in one ")
+    for part in ("e901,u1,i1,2024-01-02", "e902,u1,i1,2024-01-02", "e903,u3"):
+        assert part in row["unreadable"]
+    told = [found for found in snapshot.report().findings if found.check == "spanning_record"]
+    assert [found.severity for found in told] == ["warn"]
+    assert "row 21 of e0.csv" in told[0].message
