@@ -21,8 +21,7 @@ import pyarrow.compute as pc
 from maple.artifacts import FileEntry, Place, latest, read_file, seal, write_file
 from maple.data import etl
 from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
-from maple.data.history import reconsidered
-from maple.data.ingest import known_files
+from maple.data.history import known_files, reconsidered
 from maple.data.layers import (
     CATALOGUE_FILE,
     FACTS_FILE,

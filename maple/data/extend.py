@@ -19,13 +19,25 @@ from maple.artifacts import FileEntry
 from maple.data import etl
 from maple.data.checks import DUPLICATE
 from maple.data.finish import BucketResult, by_user, distinct, gross, sorted_out, tidy_quarantine, with_reason, write_facts
-from maple.data.history import EVENT, Held, changed, continued, held, nothing_held, reconsidered, same_rows
+from maple.data.history import (
+    CONFLICT,
+    EVENT,
+    Held,
+    changed,
+    continued,
+    held,
+    known_files,
+    nothing_held,
+    reconsidered,
+    same_aside,
+    same_rows,
+)  # fmt: skip
 from maple.data.identity import SOURCE_USER
 from maple.data.layers import Kind, joined, void_table, write_index, write_packed, write_part
 from maple.data.plan import BUCKET, Moves, Plan
 from maple.data.report import FILE, TableReport, count_values, table_report
+from maple.data.snapshot import Snapshot
 
-CONFLICT = "conflict"  # the reason of a row whose event id the parent has with another content: the first to arrive counts
 NEWS = "_news"
 
 Int32 = npt.NDArray[np.int32]
@@ -139,7 +151,21 @@ def _news(plan: Plan, rows: pa.Table, moved: pa.Table | None) -> _News:
         parts = [distinct(events.filter(pc.equal(events[BUCKET], bucket))) for bucket in pc.unique(events[BUCKET]).to_pylist()]
         kept, again = (pa.concat_tables(tables) for tables in zip(*parts, strict=True))
     counts = found.counts | {CONFLICT: conflicts.num_rows, DUPLICATE: again.num_rows}
-    return _News(kept, pa.concat_tables([found.aside, conflicts, again]), counts, int(same.sum()))
+    aside = pa.concat_tables([found.aside, conflicts, again])
+    before = _aside_before(plan.parent, aside)
+    return _News(kept, aside.filter(pa.array(~before)), counts, int(same.sum()) + int(before.sum()))
+
+
+def _aside_before(parent: Snapshot, aside: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows the parent set aside already, bool[N]: those of a file that is read again because it grew."""
+    out = np.zeros(aside.num_rows, np.bool_)
+    buckets = np.asarray(aside[BUCKET])
+    possible = np.asarray(pc.is_in(aside[FILE], value_set=pa.array(list(known_files(parent)), pa.string())))
+    for bucket in np.unique(buckets[possible]).tolist():
+        place = np.flatnonzero(possible & (buckets == bucket))
+        late = tidy_quarantine(aside.take(pa.array(place)).append_column("place", pa.array(place)))
+        out[np.asarray(late["place"])] = same_aside(parent, late.drop_columns(["place"]), bucket)
+    return out
 
 
 def _again(plan: Plan, buckets: Sequence[int], news: pa.Table | None, moved: pa.Table | None, moves: Moves | None) -> _Again:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from maple.data import etl
 from maple.data.behaviour import Entropy, Rate, names_of
-from maple.data.checks import NETTED
+from maple.data.checks import DUPLICATE, NETTED
 from maple.data.identity import SOURCE_USER, Stitching
 from maple.data.layers import id_hashes, joined
 from maple.data.plan import Moves, stitched
@@ -23,6 +23,7 @@ from maple.data.report import FILE, ROW, UNREADABLE
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 
+CONFLICT = "conflict"  # the reason of a row whose event id the parent has with another content: the first to arrive counts
 STORED = "(stored)"  # the file of rows that come from the parent
 MADE_SESSION = r"^s-[0-9a-f]{16}$"  # see etl.sessionise
 
@@ -43,6 +44,14 @@ class Held:
     aside: pa.Table
     accepted: pa.Table
     since: int | None
+
+
+def known_files(snapshot: Snapshot) -> dict[str, str]:
+    """The event files that a snapshot's layers read, each with its fingerprint."""
+    out: dict[str, str] = {}
+    for layer in snapshot.stack.layers:
+        out |= layer.manifest.meta["files"]
+    return out
 
 
 def held(parent: Snapshot, buckets: Sequence[int], users: pa.Array, source: SourceConfig, since: int | None) -> Held:
@@ -146,6 +155,28 @@ def _there(parent: Snapshot, bucket: int, ids: pa.Array, source: SourceConfig, m
     return joined(parts) if parts else nothing_held(parent).accepted
 
 
+def same_aside(parent: Snapshot, late: pa.Table, bucket: int) -> Bool:
+    """Which rows to be set aside (as they are stored) the parent set aside before, bool[N]: the same row of a file, with the same content.
+
+    A row whose id is another event's is a conflict over a parent and a duplicate without: these two reasons are one here.
+    """
+    there = parent.stack.quarantine(bucket)
+    if there is None or there.num_rows == 0:
+        return np.zeros(late.num_rows, np.bool_)
+    there = there.take(pa.array(np.arange(there.num_rows)[::-1]))  # the last word on a row first
+    place = pc.index_in(_origins(late), value_set=_origins(there))
+    known, stored = np.asarray(pc.is_valid(place)), there.take(pc.fill_null(place, 0))
+    text = pc.or_kleene(pc.is_null(stored["unreadable"]), pc.equal(late["unreadable"], stored["unreadable"]))  # texts may be withdrawn
+    told = [name for name in late.column_names if name not in ("reason", "unreadable")]
+    return np.asarray(known & np.asarray(pc.fill_null(text, False)) & _equal(late.select(told), stored))
+
+
+def _origins(late: pa.Table) -> pa.Array:
+    """One text a row that is set aside: why, and where it was read."""
+    reason = pc.if_else(pc.equal(late["reason"], DUPLICATE), CONFLICT, late["reason"])
+    return pc.binary_join_element_wise(reason, late["row"].cast(pa.string()), late["file"], "\n").combine_chunks()
+
+
 def moves(parent: Snapshot, now: Stitching, source: SourceConfig) -> Moves | None:
     """What moves from user to user in a parent when ids are stitched anew, None where nothing does."""
     before = parent.stitching() or Stitching.of(pa.table({"device_id": pa.array([], pa.string()), "user_id": pa.array([], pa.string())}))
@@ -217,6 +248,8 @@ def _equal(one: pa.Table, other: pa.Table, lenient: Sequence[str] = ()) -> Bool:
             same = np.array([a == b for a, b in zip(left.to_pylist(), right.to_pylist(), strict=True)], np.bool_)
         else:
             null = pc.and_(pc.is_null(left), pc.is_null(right))
+            if pa.types.is_floating(left.type) and pa.types.is_floating(right.type):
+                null = pc.or_(null, pc.fill_null(pc.and_(pc.is_nan(left), pc.is_nan(right)), False))
             same = np.asarray(pc.or_(null, pc.fill_null(pc.equal(left, right), False)))
         out &= same | np.asarray(pc.is_null(left)) if name in lenient else same
     return out

@@ -24,7 +24,7 @@ from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
 from maple.data.extend import extend_buckets
 from maple.data.files import files
 from maple.data.finish import BucketResult, finish_bucket, tidy_quarantine
-from maple.data.history import changed, moves
+from maple.data.history import changed, known_files, moves
 from maple.data.identity import Stitching, read_identities
 from maple.data.layers import (
     CATALOGUE_FILE,
@@ -271,14 +271,6 @@ def fingerprint(place: Place) -> str:
         starts = sorted({0, *(size * part // 9 for part in range(1, 9)), max(size - SAMPLE, 0)})
         parts = [bytes(file.read_at(SAMPLE if start in (0, starts[-1]) else 4096, start)) for start in starts if start < size]
     return combine([str(size), *(sha256(part) for part in parts)])[:24]
-
-
-def known_files(snapshot: Snapshot) -> dict[str, str]:
-    """The event files that a snapshot's layers read, each with its fingerprint."""
-    out: dict[str, str] = {}
-    for layer in snapshot.stack.layers:
-        out |= layer.manifest.meta["files"]
-    return out
 
 
 # -- the steps ----------------------------------------------------------------------------------------------------------

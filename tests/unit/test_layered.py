@@ -365,3 +365,26 @@ def test_the_grace_counts_from_when_a_snapshot_was_superseded(shop: Path) -> Non
     (first.folder / "superseded.json").write(b'{"at": 1.0}')
     assert purge(home) == [f"snapshots/{first.name}"]
     assert Snapshot.open(home).name == second.name
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_grown_file_sets_nothing_aside_twice(shop: Path, compacted: bool) -> None:
+    home = Place.at(shop / "home")
+    bad = [",u1,i1,never,1", "b1,,i1,2024-01-01,1", "e0003,u3,i3,2024-01-01T03:00:00,77", ",u2,i1,2024-01-01,nan", "b2,u4,,2024-01-01,"]
+    write(shop, "e1.csv", [*lines(400, 405), *bad, "x1,u1,i1,2024-01-02,1", "x1,u1,i1,2024-01-02,2"])
+    first = grow(shop)
+    aside = first.quarantine()
+    assert set(aside["reason"].to_pylist()) > {"conflict", "duplicate"}
+    if compacted:
+        compact(home)
+    for more in (1, 2):
+        wrong = [] if more == 1 else ["b9,u1,,2024-01-01,1"]
+        rows = [*lines(400, 405), *bad, "x1,u1,i1,2024-01-02,1", "x1,u1,i1,2024-01-02,2", *lines(405, 405 + more), *wrong]
+        write(shop, "e1.csv", rows)
+        again = grow(shop)
+        events = again.report().events
+        assert (events.rows_clean, events.rows_quarantined, events.rows_known) == (1, len(wrong), len(rows) - 1 - len(wrong))
+    assert again.quarantine().num_rows == aside.num_rows + 1
+    write(shop, "e1.csv", [*lines(400, 405), *bad[:3], "b1,,i2,2024-01-01,1", *lines(410, 420)])  # other content in a row that was bad
+    (row,) = [row for row in grow(shop).quarantine().to_pylist() if row["item_id"] == "i2"]
+    assert row["reason"] == "required:user_id"
