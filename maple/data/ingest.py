@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
 from maple.data.extend import extend_buckets
 from maple.data.files import files
 from maple.data.finish import BucketResult, finish_bucket, tidy_quarantine
+from maple.data.fragments import CHUNK
 from maple.data.history import changed, known_files, moves
 from maple.data.identity import Stitching, read_identities
 from maple.data.layers import (
@@ -52,7 +54,8 @@ from maple.hashing import combine, sha256
 from maple.schema import EVENTS, ITEMS, USERS, conform
 
 ROWS_PER_BUCKET = 250_000
-SAMPLE = 65_536  # bytes at both ends of a file, and in between, that its fingerprint is made of
+HASHED = 64 << 20  # bytes of a file whose fingerprint is that of its whole content
+SAMPLE, SAMPLES = 65_536, 64  # bytes, and places, that the fingerprint of a larger one is made of
 EXAMPLES = 3  # rows in quarantine that a report shows, per reason
 Progress = Callable[[str], None]
 Task: TypeAlias = Callable[[Plan, int], str]
@@ -262,15 +265,20 @@ def publish(todo: Plan, home: Place, found: Assessed, sides: Sides) -> Snapshot:
 
 
 def fingerprint(place: Place) -> str:
-    """Tells whether a file is the one that was read: its size, its two ends and eight places in between.
+    """Tells whether a file is the one that was read: its content up to ``HASHED`` bytes; of a larger one its size and samples.
 
-    An edit that leaves the size and all of those is not seen: give a corrected export another name.
+    An edit of a larger file that leaves its size, end and samples is not seen: give a corrected export another name.
     """
     size = int(place.fs.get_file_info(place.path).size)
+    if size <= HASHED:
+        hashed = hashlib.blake2b(digest_size=16)
+        with place.fs.open_input_file(place.path) as file:
+            while part := bytes(file.read(CHUNK)):
+                hashed.update(part)
+        return combine([str(size), hashed.hexdigest()])[:24]
     with place.fs.open_input_file(place.path) as file:
-        starts = sorted({0, *(size * part // 9 for part in range(1, 9)), max(size - SAMPLE, 0)})
-        parts = [bytes(file.read_at(SAMPLE if start in (0, starts[-1]) else 4096, start)) for start in starts if start < size]
-    return combine([str(size), *(sha256(part) for part in parts)])[:24]
+        starts = (*(size * part // SAMPLES for part in range(SAMPLES)), size - SAMPLE)
+        return combine([str(size), *(sha256(bytes(file.read_at(SAMPLE, start))) for start in starts)])[:24]
 
 
 # -- the steps ----------------------------------------------------------------------------------------------------------
