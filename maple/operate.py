@@ -222,7 +222,7 @@ def serve_settings(config: RunConfig, home: Place) -> dict[str, Any]:
 
 
 def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: Say) -> None:
-    from maple.serve.people import load_people
+    from maple.serve.people import load_events, load_people
     from maple.serve.settings import ServeSettings
     from maple.serve.stores import open_store
 
@@ -236,10 +236,7 @@ def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: S
         return
     store = open_store(ServeSettings.parse(settings, "serve"), Folder(bundle.features.spec, bundle.catalogue))
     try:
-        count = 0
-        for bucket in range(snapshot.num_buckets):
-            count += store.backfill(snapshot.events([bucket]))
-            say(f"online store: {count:,} events")
+        load_events(store, snapshot, say)
         load_people(store, snapshot, say)
     finally:
         store.close()

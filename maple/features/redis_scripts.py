@@ -186,6 +186,26 @@ return gone
 """
 )
 
+#: stem, epoch, then (event id, packed event) in turn -> how many were there and are now these
+AMEND = Script(
+    _HELP
+    + """
+local own, at = ARGV[1], home(ARGV[1])
+local changed = 0
+for i = 3, #ARGV, 2 do
+  if redis.call('HEXISTS', own .. ':log', ARGV[i]) == 1 then
+    redis.call('HSET', own .. ':log', ARGV[i], ARGV[i + 1])
+    changed = changed + 1
+  end
+end
+if changed > 0 then
+  drop_states(at)
+  redis.call('HSET', at .. ':head', 'epoch', ARGV[2])
+end
+return changed
+"""
+)
+
 #: stem, digest -> 1 = there was such a state
 UNKEEP = Script(
     """

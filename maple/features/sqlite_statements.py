@@ -29,6 +29,8 @@ SCHEMA = (
 COLUMNS = "user_id, event_id, seq, timestamp, item_id, event, value, price, session_id, request_id, context"
 LINE = "e.event_id, e.item_id, e.event, e.timestamp, e.value, e.price"
 INSERT = f"INSERT OR IGNORE INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants only
+ONE = f"SELECT {LINE} FROM events e WHERE user_id = ? AND event_id = ?"  # noqa: S608
+AMEND = "UPDATE events SET item_id = ?, event = ?, timestamp = ?, value = ?, price = ? WHERE user_id = ? AND event_id = ?"
 FIND = """
 SELECT q.value, ifnull(m.person, q.value), p.epoch, s.seq, s.blob, (SELECT json_group_array(user_id) FROM members WHERE person = m.person)
 FROM json_each(?) q LEFT JOIN members m ON m.user_id = q.value LEFT JOIN people p ON p.person = ifnull(m.person, q.value)

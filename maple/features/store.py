@@ -73,6 +73,11 @@ class Event:
         return self.timestamp, self.event_id
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What makes it one event: event ids are those of a user."""
+        return self.user_id, self.event_id
+
+    @property
     def line(self) -> Line:
         """What a fold needs of it."""
         return self.event_id, self.item_id, self.event, self.timestamp, self.value, self.price
@@ -84,6 +89,18 @@ class Ack(StrEnum):
     STORED = "stored"
     DUPLICATE = "duplicate"
     DELETED = "deleted"  # its user was deleted for good: the event was dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """How many events became other ones in the log, by what happened to them."""
+
+    added: int = 0
+    changed: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: Reconciled) -> Reconciled:
+        return Reconciled(self.added + other.added, self.changed + other.changed, self.dropped + other.dropped)
 
 
 @runtime_checkable
@@ -119,6 +136,12 @@ class OnlineStore(Protocol):
 
     def backfill(self, events: pa.Table, progress: Progress | None = None) -> int:
         """Load an EVENTS table; events that are there already stay as they are. Returns how many were new."""
+
+    def reconcile(self, events: pa.Table, gone: pa.Table, progress: Progress | None = None) -> Reconciled:
+        """Load an EVENTS table that has the last word: what a fold reads of an event that is there already becomes that of the table.
+
+        Events of ``gone`` (user_id, event_id) are dropped; all others stay as they are.
+        """
 
     def describe(self, user_id: str, attributes: Mapping[str, Attribute]) -> Ack:
         """Say something of a user: named attributes are replaced, None takes one away, the others stay. Durable when it returns."""
@@ -182,6 +205,21 @@ def once(lines: Iterable[Line]) -> list[Line]:
     for line in sorted(lines, key=lambda line: (line[3], line[0], line[1], line[2], line[4] or 0.0, line[5] or 0.0)):
         seen.setdefault(line[0], line)
     return list(seen.values())
+
+
+def folds_alike(one: Line, two: Line) -> bool:
+    """Whether two lines are the same to a fold: it reads numbers in single precision, as tables keep them."""
+    return one[:4] == two[:4] and all(
+        a == b if a is None or b is None else np.float32(a) == np.float32(b) for a, b in zip(one[4:], two[4:], strict=True)
+    )
+
+
+def ids_by_user(pairs: pa.Table, at_most: int = 1000) -> Iterator[tuple[str, list[str]]]:
+    """The event ids of each user in a table of (user_id, event_id), in lists of at most so many."""
+    grouped = pairs.group_by("user_id").aggregate([("event_id", "list")])
+    for user, ids in zip(grouped["user_id"].to_pylist(), grouped["event_id_list"].to_pylist(), strict=True):
+        for start in range(0, len(ids), at_most):
+            yield user, ids[start : start + at_most]
 
 
 _EVENT_COLUMNS = ["event_id", "user_id", "item_id", "event", "timestamp", "value", "price", "session_id", "request_id"]

@@ -28,8 +28,11 @@ from maple.features.store import (
     Line,
     Past,
     Progress,
+    Reconciled,
     events_of,
+    folds_alike,
     heavy_users,
+    ids_by_user,
     in_order,
     once,
     read_states,
@@ -123,6 +126,20 @@ class RedisStore:
             if progress is not None:
                 progress(done)
         return added
+
+    def reconcile(self, events: pa.Table, gone: pa.Table, progress: Progress | None = None) -> Reconciled:
+        """See ``OnlineStore``."""
+        out, done = Reconciled(), 0
+        for chunk in events_of(events, rows=5_000):
+            acks = self.append(chunk)
+            there = [event for event, ack in zip(chunk, acks, strict=True) if ack is Ack.DUPLICATE]
+            out += Reconciled(acks.count(Ack.STORED), self._amend(there), 0)
+            self.get(heavy_users(chunk))
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+        calls = [(self._stem(user), secrets.token_hex(8), *ids) for user, ids in ids_by_user(gone)]
+        return out + Reconciled(dropped=sum(self._link.run_all(scripts.DROP, calls)) if calls else 0)
 
     def delete(self, user_id: str, *, block: bool = False) -> int:
         """See ``OnlineStore``."""
@@ -252,6 +269,23 @@ class RedisStore:
 
     def _hash(self, user: str) -> str:
         return f"{stable_hash(self._salt, user):016x}"
+
+    def _amend(self, events: Sequence[Event]) -> int:
+        """Make what is stored of these events what they say, as far as a fold reads it; returns how many said something else."""
+        with self._link.errors():
+            pipe = self._link.client.pipeline(transaction=False)
+            for event in events:
+                pipe.hget(f"{self._stem(event.user_id)}:log", event.event_id)
+            found = pipe.execute()
+        other: dict[str, list[str | bytes]] = {}
+        for event, data in zip(events, found, strict=True):
+            if data is not None and not folds_alike(_line(event.event_id.encode(), data), event.line):
+                other.setdefault(event.user_id, []).extend((event.event_id, msgpack.packb([*event.line[1:], *msgpack.unpackb(data)[5:]])))
+        calls = [
+            (self._stem(user), secrets.token_hex(8), *pairs[start : start + 2 * _CALL_EVENTS])
+            for user, pairs in other.items() for start in range(0, len(pairs), 2 * _CALL_EVENTS)
+        ]  # fmt: skip
+        return sum(self._link.run_all(scripts.AMEND, calls)) if calls else 0
 
     def _are_blocked(self, users: Sequence[str]) -> set[str]:
         with self._link.errors():

@@ -32,8 +32,11 @@ from maple.features.store import (
     Line,
     Past,
     Progress,
+    Reconciled,
     events_of,
+    folds_alike,
     heavy_users,
+    ids_by_user,
     in_order,
     once,
     read_states,
@@ -131,6 +134,30 @@ class SqliteStore:
                 progress(done)
         return added
 
+    def reconcile(self, events: pa.Table, gone: pa.Table, progress: Progress | None = None) -> Reconciled:
+        """See ``OnlineStore``. Transactions as those of ``backfill``."""
+        out, done = Reconciled(), 0
+        for chunk in events_of(events):
+            with self._file.write() as writer:
+                acks = self._insert(writer, chunk)
+                there = [event for event, ack in zip(chunk, acks, strict=True) if ack is Ack.DUPLICATE]
+                other = [event for event in there if not folds_alike(writer.execute(sql.ONE, event.key).fetchone(), event.line)]
+                writer.executemany(sql.AMEND, [(*event.line[1:], *event.key) for event in other])
+                self._renew(writer, {event.user_id for event in other})
+            self.get(heavy_users(chunk))
+            out += Reconciled(acks.count(Ack.STORED), len(other), 0)
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+        for user, ids in ids_by_user(gone):
+            with self._file.write() as writer:
+                query = "DELETE FROM events WHERE user_id = ? AND event_id IN (SELECT value FROM json_each(?))"
+                dropped = writer.execute(query, (user, json.dumps(ids))).rowcount
+                if dropped:
+                    self._renew(writer, [user])
+            out += Reconciled(dropped=dropped)
+        return out
+
     def delete(self, user_id: str, *, block: bool = False) -> int:
         """See ``OnlineStore``. The freed pages are overwritten (secure_delete) and the write-ahead log is emptied."""
         with self._file.write() as writer:
@@ -152,14 +179,9 @@ class SqliteStore:
         for start in range(0, len(users), 500):
             some = users[start : start + 500]
             with self._file.write() as writer:
-                epoch = _next(writer)
                 for user in some:
                     gone += writer.execute("DELETE FROM events WHERE user_id = ? AND timestamp < ?", (user, before)).rowcount
-                    person = _person(writer, user)
-                    writer.execute("DELETE FROM states WHERE person = ?", (person,))
-                    writer.execute("DELETE FROM people WHERE person = ?", (person,))
-                    if person != user or not writer.execute(sql.EPOCH, (user, epoch)).rowcount:
-                        writer.execute("INSERT OR IGNORE INTO people SELECT person, ? FROM members WHERE user_id = ?", (epoch, user))
+                self._renew(writer, some)
         if users:
             self._file.scrub()
         return gone
@@ -341,6 +363,17 @@ class SqliteStore:
         writer.executemany("INSERT OR IGNORE INTO people VALUES (?, ?)", [(user, seq) for user in stored if user not in merged])
         writer.executemany(sql.CLASH, [(seq, person, user, event) for user, person in merged.items() for event in stored[user]])
         return acks
+
+    @staticmethod
+    def _renew(writer: sqlite3.Connection, users: Collection[str]) -> None:
+        """The logs of these users have changed in another way than by appending: new epochs for their people, no states."""
+        epoch = _next(writer)
+        for user in users:
+            person = _person(writer, user)
+            writer.execute("DELETE FROM states WHERE person = ?", (person,))
+            writer.execute("DELETE FROM people WHERE person = ?", (person,))
+            if person != user or not writer.execute(sql.EPOCH, (user, epoch)).rowcount:
+                writer.execute("INSERT OR IGNORE INTO people SELECT person, ? FROM members WHERE user_id = ?", (epoch, user))
 
     @staticmethod
     def _regroup(

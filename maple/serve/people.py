@@ -23,13 +23,15 @@ import pyarrow.parquet as pq
 from maple.artifacts import Place
 from maple.data.dataset import Vocab
 from maple.data.etl import bucket_of
+from maple.data.history import reconsidered
 from maple.data.snapshot import Snapshot
+from maple.data.sources import SourceConfig
 from maple.data.tombstones import Tombstones
 from maple.errors import ArtifactError, DataError
 from maple.features.catalogue import Catalogue
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
-from maple.features.store import OnlineStore
+from maple.features.store import OnlineStore, Reconciled
 from maple.schema import EVENTS, conform
 from maple.serve.api import IdentityRequest, UserChanges, iso
 from maple.serve.door import Door
@@ -121,6 +123,34 @@ def _value(value: Any) -> Any:
     return (
         value if isinstance(value, str | int | float | bool | list | dict) else iso(value) if hasattr(value, "astimezone") else str(value)
     )
+
+
+def load_events(store: OnlineStore, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    """The events of a snapshot into the online store, so that online histories are those that models were trained on.
+
+    What the snapshot knows of an event counts (a purchase less what came back); events that it set aside for its user's others, or
+    holds no more, leave. Events that it does not know stay.
+    """
+    total = Reconciled()
+    for bucket in range(snapshot.num_buckets):
+        events = snapshot.events([bucket])
+        total += store.reconcile(events, _gone(snapshot, bucket, events))
+        say(f"online store: {total.added:,} events added, {total.changed:,} changed, {total.dropped:,} dropped")
+
+
+def _gone(snapshot: Snapshot, bucket: int, events: pa.Table) -> pa.Table:
+    """The events (user_id, event_id) that are none: set aside by a rule about users, netted, or of a lower layer and void."""
+    pair = ["user_id", "event_id"]
+    layers = snapshot.stack.layers[:-1]
+    parts = [part for layer in layers if (part := layer.part("events", bucket, pair)) is not None]
+    aside = snapshot.stack.quarantine(bucket)
+    if aside is not None and set(pair) <= set(aside.column_names):
+        source = SourceConfig.parse(snapshot.manifest.meta["source"], f"{snapshot.folder.uri}/manifest.json")
+        reasons = pa.array(reconsidered(source), pa.string())
+        parts.append(aside.filter(pc.is_in(aside["reason"].cast(pa.string()), value_set=reasons)))
+    empty = pa.table({name: pa.array([], pa.string()) for name in pair})
+    found = pa.concat_tables([empty, *(part.select(pair).cast(empty.schema) for part in parts)])
+    return found.join(events.select(pair), pair, join_type="left anti").drop_null()
 
 
 def load_people(store: OnlineStore, snapshot: Snapshot, say: Callable[[str], None]) -> None:

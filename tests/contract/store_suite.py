@@ -21,7 +21,7 @@ from maple.features.fold import DAY
 from maple.features.folder import Folder
 from maple.features.spec import FeatureSpec
 from maple.features.states import KEYED, UserState
-from maple.features.store import KEEP_EVENTS, Ack, Event, OnlineStore, events_of, rows_of
+from maple.features.store import KEEP_EVENTS, Ack, Event, OnlineStore, Reconciled, events_of, rows_of, to_table
 from maple.features.view import Key
 from maple.schema import EVENTS
 
@@ -151,6 +151,25 @@ class StoreSuite:
         for user in ("u0", "u1", "u2"):
             check_same(store.get([user])[user], clean(made, user))
             assert sorted(store.history(user), key=lambda event: event.order) == store.history(user)
+
+    def test_reconciling_gives_the_table_the_last_word(self, store: OnlineStore) -> None:
+        made = [replace(event, context={"page": "home"}) for event in events(60)]
+        store.append([*made, replace(made[0], user_id="other")])
+        store.merge(["u2"], "u1")
+        store.get(["u0", "u1", "u2"])
+        changed = [replace(made[0], value=9.0), replace(made[1], item_id="tin"), replace(made[2], price=None, value=0.1)]
+        new = replace(made[3], event_id="new")
+        same = replace(made[4], value=None if made[4].value is None else float(np.float32(made[4].value)))
+        gone = pa.table({"user_id": [e.user_id for e in made[5:15]] + ["other"], "event_id": [e.event_id for e in made[5:15]] + ["none"]})
+        left = [*changed, *made[3:5], *made[15:], new]
+        for expected in (Reconciled(1, 3, 10), Reconciled()):
+            assert store.reconcile(to_table([*changed, new, same]), gone) == expected
+            for user, ids in {"u0": ["u0"], "u1": ["u1", "u2"], "u2": ["u1", "u2"]}.items():
+                check_same(store.get([user])[user], folded(left, ids, user))
+        assert len(store.history("other")) == 1, "the same event id of somebody else"
+        found = {event.event_id: event for user in ("u0", "u1") for event in store.history(user)}
+        assert found[made[1].event_id].context == {"page": "home"}, "what a fold does not read stays"
+        assert len(found) == len(left)
 
     def test_other_features_are_folded_from_the_log_when_read(self, store: OnlineStore, again: Callable[[Folder], OnlineStore]) -> None:
         made = events()

@@ -16,15 +16,16 @@ from shop import Happening, snapshot
 from taste_shop import publish
 
 from maple.artifacts import Place
-from maple.data.ingest import ingest_local
+from maple.data.ingest import append_local, ingest_local, restitch
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.data.tombstones import Tombstones
 from maple.errors import ServeError
+from maple.features.store import Event
 from maple.features.store_sqlite import SqliteStore
 from maple.recommend.bundle import load
 from maple.serve.http import create_app
-from maple.serve.people import Removed, folds_nothing, forget, load_people, stored
+from maple.serve.people import Removed, folds_nothing, forget, load_events, load_people, stored
 from maple.serve.service import LocalService
 from maple.serve.settings import ServeSettings
 from maple.serve.stores import open_store
@@ -179,6 +180,75 @@ def test_what_a_snapshot_knows_of_people_is_loaded(tmp_path: Path) -> None:
     assert forget(other, home, "tv") == Removed(1, 0, ("ann", "pad", "tv"))
     assert Snapshot.open(home).events().num_rows == 0
     other.close()
+
+
+LOG = ("event_id", "user_id", "item_id", "event", "timestamp", "value")
+Line = tuple[str, str, str, str, int, float | None]
+
+
+def write(path: Path, *lines: Line) -> None:
+    pq.write_table(pa.table(dict(zip(LOG, map(list, zip(*lines, strict=True)), strict=True))), path)
+
+
+def log_source(**more: Any) -> SourceConfig:
+    """Files log-*.parquet with times in seconds."""
+    events = {"path": "log-*.parquet", "columns": {name: name for name in LOG}, "rules": [], "clock": {"unit": "s"}}
+    checks = {"min_events": 1, "min_users": 1, "min_items": 1, "quarantined": "off"}
+    return SourceConfig.parse({"name": "home", "events": events, "checks": checks, **more}, "page")
+
+
+def held(store: SqliteStore, user: str) -> dict[str, float | None]:
+    return {event.event_id: event.value for event in store.history(user)}
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_online_histories_follow_what_a_snapshot_nets_and_sets_aside(tmp_path: Path, append: bool) -> None:
+    source = log_source(returns="net", behaviour=[{"kind": "rate", "events": 3, "minutes": 5, "max_share": 1.0}])
+    day = 1_700_000_000
+    write(
+        tmp_path / "log-1.parquet", ("b1", "ann", "i1", "purchase", day, 2.0), ("b2", "ann", "i2", "purchase", day + 1, 3.0),
+        ("v1", "bot", "i1", "view", day, None),
+    )  # fmt: skip
+    store = SqliteStore(tmp_path / "online.sqlite", folds_nothing())
+    load_events(store, ingest_local(source, Place.at(tmp_path), Place.at(tmp_path / "home")), lambda line: None)
+    assert (held(store, "ann"), held(store, "bot")) == ({"b1": 2.0, "b2": 3.0}, {"v1": None})
+    # The shop sends on: what comes back, a robot; and what no snapshot knows yet.
+    news: list[Line] = [("r1", "ann", "i1", "return", day + 9, 2.0), ("r2", "ann", "i2", "return", day + 9, 1.0)]
+    news += [("n1", "bob", "i1", "view", day, None)]
+    news += [(f"v{place}", "bot", f"i{place}", "view", day + place, None) for place in range(2, 6)]
+    store.append([Event(one, user, item, kind, at * 1_000_000, value) for one, user, item, kind, at, value in news])
+    store.append([Event("late", "ann", "i3", "view", (day + 99) * 1_000_000)])
+    write(tmp_path / "log-2.parquet", *news)
+    make = append_local if append else ingest_local
+    shot = make(source, Place.at(tmp_path), Place.at(tmp_path / "home"))
+    assert (shot.parent is not None) == append
+    said: list[str] = []
+    for _ in range(2):
+        load_events(store, shot, said.append)
+        assert (held(store, "ann"), held(store, "bot")) == ({"b2": 2.0, "late": None}, {})
+    assert said[shot.num_buckets - 1] == "online store: 0 events added, 1 changed, 8 dropped"
+    assert said[-1] == "online store: 0 events added, 0 changed, 0 dropped"
+    store.close()
+
+
+def test_online_histories_follow_ids_that_are_stitched_and_parted(tmp_path: Path) -> None:
+    write(
+        tmp_path / "log-1.parquet",
+        *((f"e{n}", user, "i1", "view", 1_700_000_000 + n, None) for n, user in enumerate(("ann", "pad", "bob"))),
+    )
+    home = Place.at(tmp_path / "home")
+    pq.write_table(pa.table({"device_id": ["pad"], "user_id": ["ann"]}), tmp_path / "devices.parquet")
+    devices = {"path": "devices.parquet", "columns": {"device_id": "device_id", "user_id": "user_id"}}
+    store = SqliteStore(tmp_path / "online.sqlite", folds_nothing())
+    load_events(store, ingest_local(log_source(identities=devices), Place.at(tmp_path), home), lambda line: None)
+    assert set(held(store, "ann")) == {"e0", "e1"}
+    for to, wanted in (
+        ("bob", {"ann": {"e0"}, "bob": {"e1", "e2"}, "pad": set()}),
+        ("ann", {"ann": {"e0", "e1"}, "bob": {"e2"}, "pad": set()}),
+    ):
+        load_events(store, restitch(home, pa.table({"device_id": ["pad"], "user_id": [to]})), lambda line: None)
+        assert {user: set(held(store, user)) for user in wanted} == wanted
+    store.close()
 
 
 def test_everything_stored_about_a_person_is_shown(tmp_path: Path) -> None:
