@@ -59,15 +59,17 @@ def export_user(user: str, config_path: str | None, output: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_user(user: str, config_path: str | None, yes: bool) -> None:
     """Forget a user and every id joined with it: gone online at once, kept out of every snapshot, training and export."""
-    from maple.serve.people import forget, ids_of
+    from maple.serve.people import forget, ids_of, rows_of
 
     with opened(config_path) as (home, store):
         ids = ids_of(store, home, user)
         if not yes:
             others = f" and {', '.join(each for each in ids if each != user)}, joined with it," if len(ids) > 1 else ""
             click.confirm(f"Forget {user}{others} for good?", abort=True)
+        rows = rows_of(home, ids)
         removed = forget(store, home, user)
-    gone = f"{removed.events} events and {removed.attributes} attributes of {len(removed.ids)} id{'s' * (len(removed.ids) != 1)}"
+    whom = f"{len(removed.ids)} id{'s' * (len(removed.ids) != 1)}"
+    gone = f"{removed.events} online events, {rows} rows of the latest snapshot and {removed.attributes} attributes of {whom}"
     console.print(f"gone: {gone}. What is still sent of them is dropped, and no snapshot shows them.", markup=False, soft_wrap=True)
     console.print("The rows themselves leave the files with `maple snapshots purge`.", markup=False)
 

@@ -88,6 +88,12 @@ def stored(store: OnlineStore, home: Place, user_id: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def rows_of(home: Place, ids: Sequence[str]) -> int:
+    """How many rows the latest snapshot has of these ids, clean ones and those set aside. Reads all that is set aside."""
+    told = _in_snapshot(home, ids)
+    return 0 if told is None else sum(map(len, told.values()))
+
+
 def _snapshot(home: Place) -> Snapshot | None:
     try:
         return Snapshot.open(home)

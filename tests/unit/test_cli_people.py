@@ -75,12 +75,18 @@ def test_delete_asks_first_and_leaves_nothing(home: Path) -> None:
     assert attempt("users", "delete", "ann", given="n\n").exit_code != 0
     assert exported("ann")["online_events"]
     said = run("users", "delete", "ann", given="y\n")
-    assert "2 events" in said
-    assert "2 ids" in said
+    assert "gone: 2 online events, 2 rows of the latest snapshot and 0 attributes of 2 ids" in said
     gone = exported("tablet")
     assert (gone["online_events"], gone["snapshot"]["events"]) == ([], [])
     assert exported("bob")["online_events"]
-    assert "0 events" in run("users", "delete", "ann", "--yes")
+    assert "gone: 0 online events, 0 rows" in run("users", "delete", "ann", "--yes")
+
+
+def test_who_is_in_a_snapshot_alone_is_counted(home: Path) -> None:
+    store = SqliteStore(home / "online.sqlite", folds_nothing())
+    store.delete("bob")
+    store.close()
+    assert "gone: 0 online events, 1 rows of the latest snapshot" in run("users", "delete", "bob", "--yes")
 
 
 def test_exported_events_can_be_ingested_and_deleted_users_are_not_among_them(home: Path, tmp_path: Path) -> None:
