@@ -242,7 +242,9 @@ class Boundary:
 
 
 def _check(text: str, where: str) -> None:
-    """``RequestError`` 422 for a path that is not a legal id."""
+    """``RequestError`` 422 for a path that is not a legal id; bytes that are not UTF-8 arrive as U+FFFD, so no path may name that."""
+    if "\ufffd" in text:
+        raise RequestError(422, "invalid_request", "the id in the path is not UTF-8", where, "escape the id's bytes of UTF-8")
     try:
         check_id(text, "the id")
     except DataError as error:

@@ -168,7 +168,7 @@ def test_answers_have_their_documented_types() -> None:
         ("POST", "/v1/events", b" " * (EVENTS_BYTES + 1), JSON, 413),
         ("PUT", "/v1/items/i", b" " * (CHANGE_BYTES + 1), JSON, 413), ("PUT", "/v1/users/u", b"{}", {}, 415),
         ("PUT", "/v1/items/i", b'{"price":-1}', JSON, 422), ("PUT", "/v1/items/a%00b", b"{}", JSON, 422),
-        ("PUT", "/v1/items/", b"{}", JSON, 422),
+        ("PUT", "/v1/items/", b"{}", JSON, 422), ("PUT", "/v1/items/%FF", b"{}", JSON, 422), ("DELETE", "/v1/users/a%C3", b"", {}, 422),
         ("PUT", "/v1/items/i", b'{"promotion":{"start":"2026-01-02T00:00:00Z","end":"2026-01-01T00:00:00Z"}}', JSON, 422),
         ("DELETE", "/v1/items/other", b"", {}, 404), ("POST", "/v1/items/i", b"{}", JSON, 405), ("GET", "/v1/items/", b"", {}, 422),
         ("PUT", "/v1/users/u", b'{"attributes":{"a":{}}}', JSON, 422), ("PUT", "/v1/users/u", b"{}", JSON, 422),
