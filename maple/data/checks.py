@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
@@ -19,6 +20,7 @@ from maple.data.drift import Psi, psi
 from maple.data.profile import DAY_US, ColumnProfile, Profile
 from maple.data.report import Finding, Severity, TableReport, ValidationReport
 from maple.errors import DataError
+from maple.schema import EVENT_TYPES
 
 Level: TypeAlias = Literal["error", "warn", "info", "off"]
 DUPLICATE = "duplicate"
@@ -134,6 +136,7 @@ def _quarantined(asked: Question) -> Iterator[Finding]:
         if events.rows_known + events.rows_deleted or (asked.append and bad == 0):
             return  # a batch without news, or of returns that took back what was bought
         text = f"no events are left after cleaning {events.rows_judged:,} rows ({why}). Check `columns:` and `rules:` in the source YAML."
+        text += _strange(events)
         yield Finding("quarantined", "error", "", text, 1.0, asked.max_quarantined_share)
         return
     share, limit = bad / events.rows_judged, asked.max_quarantined_share
@@ -141,8 +144,26 @@ def _quarantined(asked: Question) -> Iterator[Finding]:
         text = (
             f"{share:.1%} of {events.rows_judged:,} rows would be quarantined, more than `max_quarantined_share: {limit}` allows ({why}). "
             "Fix the mapping or the files, or raise the limit in the source YAML."
-        )
+        ) + _strange(events)
         yield from _found(asked.level(asked.checks.quarantined, events.rows_judged), "quarantined", "", text, share, limit)
+
+
+def _strange(events: TableReport) -> str:
+    """What to do about event kinds that Maple does not know; empty where there are none."""
+    if not events.strange:
+        return ""
+    most = sorted(events.strange.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
+    told = ", ".join(f"{kind!r} ({count:,} rows)" for kind, count in most)
+    return (
+        f" Unknown event kinds: {told}; say what they are, for example `values: {{event: {{{json.dumps(most[0][0])}: purchase}}}}`. "
+        f"Maple knows {', '.join(EVENT_TYPES)}."
+    )
+
+
+def _event_kinds(asked: Question) -> Iterator[Finding]:
+    if text := _strange(asked.report.events):
+        count = sum(asked.report.events.strange.values())
+        yield Finding("known_event", "warn", "event", text.strip(), count / max(asked.report.events.rows_judged, 1))
 
 
 def _rules(asked: Question) -> Iterator[Finding]:
@@ -368,5 +389,5 @@ def _found(
 
 
 _CHECKS: Sequence[Callable[[Question], Iterator[Finding]]] = (
-    _quarantined, _rules, _duplicates, _too_few, _time, _file_columns, _columns, _volume,
+    _quarantined, _event_kinds, _rules, _duplicates, _too_few, _time, _file_columns, _columns, _volume,
 )  # fmt: skip

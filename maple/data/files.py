@@ -121,10 +121,23 @@ def readable(label: str, encoding: str = "utf-8") -> Iterator[None]:
         raise
     except UnicodeError as error:
         reason = getattr(error, "reason", error)
-        raise DataError(f"{label} is not {encoding} text ({reason}); declare its `encoding:`, for example latin-1") from None
+        found = _marked(getattr(error, "object", b""))
+        which = f"it begins like {found}: declare `encoding: {found}`" if found else "declare its `encoding:`, for example latin-1"
+        raise DataError(f"{label} is not {encoding} text ({reason}); {which}") from None
     except (pa.ArrowException, OSError, EOFError, csv.Error, MemoryError) as error:
         hint = "declare its `encoding:`, for example latin-1" if "UTF8" in str(error) else "the file may be damaged or of another format"
         raise DataError(f"{label} cannot be read: {brief(error)}; {hint}") from None
+
+
+def _marked(start: bytes | str) -> str:
+    """The encoding that a byte order mark names; empty where there is none."""
+    marks = (
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    )
+    return next((name for mark, name in marks if isinstance(start, bytes) and start.startswith(mark)), "")
 
 
 def open_parquet(place: Place, label: str, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:

@@ -106,8 +106,8 @@ def _examples(table: pa.Table) -> Iterator[tuple[str, ...]]:
             if value is not None and name not in HIDDEN
         ]
         unreadable = str(row["unreadable"] or "")
-        if unreadable.startswith("line: "):  # a raw line may hold anything
-            cells = [f"a line that is no row, {len(unreadable) - 6} characters"]
+        if unreadable.startswith(("line: ", "lines: ")):  # a raw line may hold anything
+            cells = [f"a line that is no row, {len(unreadable.partition(': ')[2])} characters"]
         elif unreadable:
             cells.append(f"unreadable {unreadable[:80]}")
         yield reason, str(row["file"]), f"{int(row['row']) + 1:,}", ", ".join(cells)[:240]

@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maple.data.profile import Profile
+from maple.schema import EVENT_TYPES
 
 #: Bookkeeping columns that travel with the rows of a source until a snapshot is written.
 FILE, ROW, UNREADABLE = "_file", "_row", "_unreadable"
+
+STRANGE, STRANGE_TEXT = 20, 60  # unknown event kinds of a part that are counted, and their characters
 
 Severity: TypeAlias = Literal["error", "warn", "info"]
 
@@ -60,6 +63,7 @@ class TableReport:
     files: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
     valued: Mapping[str, int] = field(default_factory=dict)  # clean events with a value, by "kind:column"
+    strange: Mapping[str, int] = field(default_factory=dict)  # event kinds of rows set aside that are none of Maple's, the most frequent
     users: int = 0
     first: int | None = None  # microseconds
     last: int | None = None
@@ -90,7 +94,7 @@ class TableReport:
         counts: dict[str, Any] = {}
         for name in ("rows_in", "rows_clean", "rows_quarantined", "users", "rows_known", "rows_deleted"):
             counts[name] = sum(getattr(part, name) for part in everything)
-        for name in ("reasons", "rules", "nulls", "files", "kinds", "valued"):
+        for name in ("reasons", "rules", "nulls", "files", "kinds", "valued", "strange"):
             total: dict[str, int] = {}
             for part in everything:
                 for key, count in getattr(part, name).items():
@@ -118,10 +122,19 @@ def table_report(clean: pa.Table, quarantined: pa.Table, rules: Mapping[str, int
         reasons=count_values(quarantined["reason"]), rules=dict(rules),
         nulls={name: clean[name].null_count for name in clean.column_names if not name.startswith("_")},
         files=files, kinds=count_values(clean["event"]) if "event" in clean.column_names else {},
+        strange=_strange(quarantined),
         valued=_valued(clean) if "event" in clean.column_names else {},
         users=pc.count_distinct(clean["user_id"]).as_py() if "user_id" in clean.column_names else 0,
         first=times["min"], last=times["max"], profile=profile,
     )  # fmt: skip
+
+
+def _strange(aside: pa.Table) -> dict[str, int]:
+    if "event" not in aside.column_names:
+        return {}
+    kinds = aside["event"].filter(pc.invert(pc.is_in(aside["event"], value_set=pa.array(EVENT_TYPES)))).drop_null()
+    counts = count_values(pc.utf8_slice_codeunits(kinds, 0, STRANGE_TEXT))
+    return dict(sorted(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:STRANGE]))
 
 
 def _valued(events: pa.Table) -> dict[str, int]:

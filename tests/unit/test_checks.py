@@ -148,6 +148,8 @@ def test_the_page_shows_findings_examples_and_the_parent_but_no_user() -> None:
     for part in ("odd-1", "odd-2", "shop.csv", ">42<", "Line: the parent.", "nothing was published", "price: &#39;1..2&#39;", "polyline"):
         assert part in html, part
     assert "odd-3" not in html  # three of a reason
+    swallowed = pa.table({"reason": ["bad"], "file": ["shop.csv"], "row": [1], "unreadable": ["lines: 2 in one record: user-8"]})
+    assert "user-8" not in page(now, before, swallowed).decode()
     assert "http" not in html.replace("http-equiv", "")
     alone = page(replace(report(rows(1)), findings=()), None).decode()
     assert "No check found anything" in alone

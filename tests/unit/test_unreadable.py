@@ -15,6 +15,7 @@ from maple.data.purge import purge
 from maple.data.snapshot import Snapshot
 from maple.data.sources import SourceConfig
 from maple.data.tombstones import Tombstones
+from maple.errors import DataError
 
 NOW = 1_800_000_000_000_000
 HEAD = "id,who,what,when\n"
@@ -89,3 +90,24 @@ def test_lines_that_an_open_quote_swallows_are_told_of(tmp_path: Path, closing: 
     told = [found for found in snapshot.report().findings if found.check == "spanning_record"]
     assert [found.severity for found in told] == ["warn"]
     assert "row 21 of e0.csv" in told[0].message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "e0.csv").write_bytes((HEAD + good(0, 40)).encode(encoding))
+    with pytest.raises(DataError, match=f"e0.csv.*declare `encoding: {encoding}`"):
+        ingest_local(source(), Place.at(tmp_path), Place.at(tmp_path / "home"), now=NOW)
+
+
+def test_unknown_event_kinds_are_named_with_what_to_write(tmp_path: Path) -> None:
+    columns = {"user_id": "u", "item_id": "i", "timestamp": "t", "event": "e"}
+    plain: dict[str, Any] = {"name": "shop", "events": {"path": "e.csv", "columns": columns, "clock": {"unit": "s"}}}
+    rows = [f"u{n % 5},i{n % 7},{1_700_000_000 + n},{'buy' if n % 20 else 'view'}" for n in range(200)]
+    (tmp_path / "e.csv").write_text("\n".join(["u,i,t,e", *rows]))
+    root, home = Place.at(tmp_path), Place.at(tmp_path / "home")
+    with pytest.raises(DataError, match=r"95\.0% of 200 rows.*'buy' \(190 rows\).*`values: \{event: \{\"buy\": purchase\}\}`"):
+        ingest_local(SourceConfig.parse(plain, "test"), root, home, now=NOW)
+    told = ingest_local(SourceConfig.parse({**plain, "max_quarantined_share": 1.0}, "test"), root, home, now=NOW).report().findings
+    assert [found.severity for found in told if found.check == "known_event"] == ["warn"]
+    plain["events"]["values"] = {"event": {"buy": "purchase"}}
+    assert ingest_local(SourceConfig.parse(plain, "test"), root, home, now=NOW).report().events.kinds == {"purchase": 190, "view": 10}
