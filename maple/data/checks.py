@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+import numpy as np
 from pydantic import Field
 
 from maple.config import Section
@@ -310,7 +311,9 @@ def _one_column(asked: Question, table: str, name: str, now: ColumnProfile, befo
         if usual.misses < 1 and not (asked.append and usual.misses**usual.rows > CHANCE):
             text = f"column {name!r} of {table} has no value in any of {usual.rows:,} rows (the parent: {1 - usual.misses:.1%} have one)."
             level = asked.level(checks.all_null, usual.rows)
-            yield from _found(level, "all_null", name, text + " Was it renamed or left out of the export?", 1.0, usual.misses)
+            yield from _found(
+                level, "all_null", name, text + f" Was it renamed or left out of the export?{_origin(asked, table)}", 1.0, usual.misses
+            )
         return
     if before.nulls == before.rows:
         yield from _found(checks.new_column, "new_column", name, f"column {name!r} of {table} has values now; it had none.")
@@ -336,12 +339,26 @@ def _one_column(asked: Question, table: str, name: str, now: ColumnProfile, befo
         yield from _drift(asked, table, name, index, now.rows)
 
 
+def _origin(asked: Question, table: str) -> str:
+    """Which files and days the rows are from, where no row of them is to blame."""
+    report = {"items": asked.report.item_table, "users": asked.report.user_table}.get(table, asked.report.events)
+    if report is None or not report.files:
+        return ""
+    most = sorted(report.files.items(), key=lambda pair: (-pair[1], pair[0]))
+    told = ", ".join(f"{name} ({count:,})" for name, count in most[:3]) + (f" and {len(most) - 3} more" if len(most) > 3 else "")
+    if report.first is not None and report.last is not None:
+        days = [str(np.datetime64(time // DAY_US, "D")) for time in (report.first, report.last)]
+        told += f", {days[0]}" + (f" to {days[1]}" if days[1] != days[0] else "")
+    return f" The rows are from {told}."
+
+
 def _drift(asked: Question, table: str, name: str, index: Psi, rows: int) -> Iterator[Finding]:
     checks = asked.checks
     sure = index.value - index.noise
     if sure > checks.psi_info:
         text = (
             f"column {name!r} of {table} is distributed differently: PSI {index.value:.2f} (chance alone {index.noise:.3f}); {index.told}."
+            f"{_origin(asked, table)}"
         )
         level: Level = checks.drift if sure > checks.psi or checks.drift == "off" else "info"
         limit = checks.psi if level != "info" else checks.psi_info

@@ -62,14 +62,14 @@ class TableReport:
     nulls: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
-    valued: Mapping[str, int] = field(default_factory=dict)  # clean events with a value, by "kind:column"
-    strange: Mapping[str, int] = field(default_factory=dict)  # event kinds of rows set aside that are none of Maple's, the most frequent
     users: int = 0
     first: int | None = None  # microseconds
     last: int | None = None
     profile: Profile | None = None  # of the clean rows
     rows_known: int = 0
     rows_deleted: int = 0
+    valued: Mapping[str, int] = field(default_factory=dict)  # clean events with a value, by "kind:column"
+    strange: Mapping[str, int] = field(default_factory=dict)  # event kinds of rows set aside that are none of Maple's, the most frequent
 
     @property
     def rows_judged(self) -> int:

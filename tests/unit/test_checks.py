@@ -203,3 +203,11 @@ def test_days_without_events_are_those_of_parent_and_batch_together() -> None:
     assert ("time_gap", "warn", "timestamp") in found(report(rows(1, first_day=400)), parent, append=True)
     holes = report(pa.concat_tables([rows(4, first_day=0, days=10), rows(2, first_day=100, days=200)]))  # told when it was ingested
     assert not [entry for entry in found(report(rows(1, first_day=300)), holes, append=True) if entry[0] == "time_gap"]
+
+
+def test_a_column_without_values_or_of_another_distribution_says_where_its_rows_are_from() -> None:
+    files = ["a.csv"] * 300 + ["b.csv"] * 100
+    aside = pa.table({"reason": pa.array([], pa.string()), "_file": pa.array([], pa.string())})
+    for column in ({"price": pa.nulls(400, pa.float32())}, {"country": ["NL"] * 390 + ["DE"] * 10}):
+        findings = run_checks(QUIET, report(rows(1, _file=files, **column), aside), report(rows(2)))
+        assert "The rows are from a.csv (300), b.csv (100), 1970-01-01 to 1970-02-" in findings[0].message
