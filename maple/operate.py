@@ -234,7 +234,8 @@ def _backfill(home: Place, release: Release, settings: Mapping[str, Any], say: S
     done = {"snapshot": snapshot.digest, "store": dict(settings["store"]), "digest": bundle.features.spec.state_digest(bundle.catalogue)}
     if mark.exists() and json.loads(mark.read()) == done:
         return
-    store = open_store(ServeSettings.parse(settings, "serve"), Folder(bundle.features.spec, bundle.catalogue))
+    patient = {**settings, "store": {**settings["store"], "read_timeout_s": 60}}  # nobody waits for an answer here
+    store = open_store(ServeSettings.parse(patient, "serve"), Folder(bundle.features.spec, bundle.catalogue))
     try:
         load_events(store, snapshot, say)
         load_people(store, snapshot, say)

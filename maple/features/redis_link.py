@@ -18,17 +18,24 @@ from maple.errors import ConfigError, ServeError
 class RedisLink:
     """``url`` as ``redis://[user:password@]host:port/db``, ``rediss://`` or ``unix://``; ``timeout`` in seconds, per answer.
 
+    What is asked for ``quickly`` has connections of its own, is waited for ``quick_timeout`` seconds and not tried again.
     ``durable=False`` accepts a Redis that can lose what it acknowledged (no append-only file, or not written on every command).
     """
 
-    def __init__(self, url: str, *, durable: bool = True, timeout: float = 5.0) -> None:
+    def __init__(self, url: str, *, durable: bool = True, timeout: float = 5.0, quick_timeout: float | None = None) -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError:
             raise ConfigError("the Redis store needs the package redis: pip install 'maple-rec[redis]'") from None
         self._redis = redis
         try:
             self.client: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
+            self._quick: Any = self.client
+            if quick_timeout is not None:
+                once = Retry(NoBackoff(), 0)
+                self._quick = redis.Redis.from_url(url, socket_timeout=quick_timeout, socket_connect_timeout=quick_timeout, retry=once)
         except ValueError as error:
             raise ConfigError(f"the Redis URL is not usable: {error}. It looks like redis://host:6379/0") from None
         with self.errors():
@@ -40,14 +47,15 @@ class RedisLink:
         """The answer of one script."""
         return self.run_all(script, [arguments])[0]
 
-    def run_all(self, script: Script, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    def run_all(self, script: Script, calls: Sequence[Sequence[Any]], *, quickly: bool = False) -> list[Any]:
         """The answers of one script to several calls, in one round trip."""
+        client = self._quick if quickly else self.client
         with self.errors():
             try:
-                return self._send(script, calls)
+                return _send(client, script, calls)
             except self._redis.exceptions.NoScriptError:
-                self.client.script_load(script.text)
-                return self._send(script, calls)
+                client.script_load(script.text)
+                return _send(client, script, calls)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -59,13 +67,7 @@ class RedisLink:
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
-
-    def _send(self, script: Script, calls: Sequence[Sequence[Any]]) -> list[Any]:
-        pipe = self.client.pipeline(transaction=False)
-        for arguments in calls:
-            pipe.evalsha(script.sha, 0, *arguments)
-        answers: list[Any] = pipe.execute()
-        return answers
+        self._quick.close()
 
     def _check_durable(self) -> None:
         """``ConfigError`` where what was acknowledged could be lost with the machine."""
@@ -84,6 +86,14 @@ class RedisLink:
                 f"this Redis writes its append-only file by policy {policy or 'unknown'}, so acknowledged events could be lost. "
                 f"Set `appendfsync always`, {fix}"
             )
+
+
+def _send(client: Any, script: Script, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    pipe = client.pipeline(transaction=False)
+    for arguments in calls:
+        pipe.evalsha(script.sha, 0, *arguments)
+    answers: list[Any] = pipe.execute()
+    return answers
 
 
 class Script:

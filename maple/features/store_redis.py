@@ -46,19 +46,20 @@ _CALL_EVENTS = 500  # of one user in one script
 
 
 class RedisStore:
-    """See ``OnlineStore``; ``url``, ``durable`` and ``timeout`` as ``RedisLink`` takes them.
+    """See ``OnlineStore``; ``url``, ``durable`` and ``timeout`` as ``RedisLink`` takes them; ``read_timeout`` in seconds, of states.
 
     States that are not refreshed for ``state_days`` expire. All keys start with ``prefix`` and must be on one server.
     """
 
     def __init__(
-        self, url: str, folder: Folder, *, prefix: str = "maple", durable: bool = True, timeout: float = 5.0, state_days: float = 14.0
+        self, url: str, folder: Folder, *, prefix: str = "maple", durable: bool = True, timeout: float = 5.0,
+        read_timeout: float | None = None, state_days: float = 14.0,
     ) -> None:  # fmt: skip
         self.folder = folder
         self._prefix = f"{prefix}:v2"
         self._blocked = f"{self._prefix}:blocked"
         self._state_seconds = max(1, int(state_days * 86_400))
-        self._link = RedisLink(url, durable=durable, timeout=timeout)
+        self._link = RedisLink(url, durable=durable, timeout=timeout, quick_timeout=read_timeout)
         with self._link.errors():
             self._link.client.set(f"{self._prefix}:salt", secrets.token_hex(16), nx=True)
             self._salt = self._link.client.get(f"{self._prefix}:salt").decode()
@@ -238,7 +239,7 @@ class RedisStore:
     def find(self, user_ids: Sequence[str], digest: str) -> list[Found]:
         """See ``Backend``."""
         out = []
-        answers = self._link.run_all(scripts.FIND, [(self._stem(user), digest) for user in user_ids])
+        answers = self._link.run_all(scripts.FIND, [(self._stem(user), digest) for user in user_ids], quickly=True)
         for user, (person, epoch, count, covered, blob, pending, about) in zip(user_ids, answers, strict=True):
             goes_by = user if person is None else person.decode()
             told = [(member.decode(), name.decode(), json.loads(value)) for member, pairs in about for name, value in _pairs(pairs)]
@@ -249,7 +250,7 @@ class RedisStore:
     def pasts(self, people: Sequence[str]) -> list[Past]:
         """See ``Backend``."""
         out = []
-        for epoch, count, logs in self._link.run_all(scripts.LOGS, [(self._stem(person),) for person in people]):
+        for epoch, count, logs in self._link.run_all(scripts.LOGS, [(self._stem(person),) for person in people], quickly=True):
             lines = [_line(event, data) for _, log in logs for event, data in _pairs(log)]
             lines = once(lines) if len(logs) > 1 else in_order(lines)
             out.append(Past((epoch or b"").decode(), count, lines))
@@ -258,9 +259,8 @@ class RedisStore:
     def keep(self, checkpoints: Sequence[Checkpoint], digest: str) -> None:
         """See ``Backend``."""
         life = self._state_seconds
-        self._link.run_all(
-            scripts.KEEP, [(self._stem(each.person), digest, each.epoch, each.place, each.blob, life) for each in checkpoints]
-        )
+        calls = [(self._stem(each.person), digest, each.epoch, each.place, each.blob, life) for each in checkpoints]
+        self._link.run_all(scripts.KEEP, calls, quickly=True)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

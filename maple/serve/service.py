@@ -23,6 +23,7 @@ import numpy as np
 from maple import __version__
 from maple.artifacts import Place
 from maple.clock import SteadyClock
+from maple.errors import ServeError
 from maple.features.folder import Folder, Rows
 from maple.features.live_items import LiveItems
 from maple.features.spec import FeatureSpec
@@ -48,6 +49,9 @@ log = logging.getLogger("maple.serve")
 
 #: Events may be this far ahead of this machine's clock (the sender's runs fast); they count as happening now.
 LEAD_US = 300 * 1_000_000
+
+#: How much of the time that a request has left may go into reading the user's state.
+STORE_SHARE = 0.7
 
 Remote = Callable[[LiveBundle], Mapping[Segment, RemoteSegment] | None]
 """Where the segments of a bundle run; None = here."""
@@ -217,28 +221,45 @@ class LocalService:
             deadline_ms = self.settings.deadline_ms or held.bundle.settings.deadline_ms
             deadline = Deadline(call.arrived + deadline_ms / 1000)
             started = time.monotonic()
-            query, key = await self.door.run(partial(self._prepared, held, request, call.request_id))
+            query, key, notes = await self._asked(held, request, call.request_id, deadline)
             user_seconds = time.monotonic() - started
             answer, outcome = await self._cache.get(key, partial(self._answer, held, query, deadline), lambda answer: not answer.degraded)
             self.meter.on_cache(outcome)
             seconds = time.monotonic() - call.arrived
             timings = {"user": user_seconds, **({} if outcome == "hit" else answer.timings), "total": seconds}
             path = ("cache", *answer.path) if outcome == "hit" else answer.path
-            self.meter.on_answer("recommendations", seconds, path, answer.degraded)
+            degraded = (*notes, *answer.degraded)
+            self.meter.on_answer("recommendations", seconds, path, degraded)
             return {
-                "request_id": call.request_id, "bundle": held.digest, "path": list(path), "degraded": list(answer.degraded),
+                "request_id": call.request_id, "bundle": held.digest, "path": list(path), "degraded": list(degraded),
                 "latency_ms": rounded(timings), "items": answer.items,
             }  # fmt: skip
 
-    def _prepared(self, held: Held, request: RecommendationRequest, request_id: str) -> tuple[Query, str]:
-        """The query and its cache key, from the request and the user's state as it is now."""
-        if request.history is None:
-            state = self._opened().store.get([request.user_id], held.folder)[request.user_id]
-        else:
+    async def _asked(
+        self, held: Held, request: RecommendationRequest, request_id: str, deadline: Deadline
+    ) -> tuple[Query, str, tuple[str, ...]]:  # fmt: skip
+        """The query, its cache key, and what was answered around: whom the store does not give in time is taken for a new user."""
+        prepared = partial(self._prepared, held, request, request_id)
+        try:
+            return *await asyncio.wait_for(self.door.run(prepared), STORE_SHARE * deadline.left()), ()
+        except (ServeError, TimeoutError) as error:
+            log.warning("request %s: answered without the user's state: %s", request_id, str(error) or "the online store is late")
+        without = partial(prepared, held.folder.empty(request.user_id))
+        # Not by the threads that may all be waiting for the store.
+        query, key = await asyncio.get_running_loop().run_in_executor(self._compute, without)
+        return query, key, () if request.history is not None else ("user: store",)
+
+    def _prepared(
+        self, held: Held, request: RecommendationRequest, request_id: str, state: UserState | None = None
+    ) -> tuple[Query, str]:  # fmt: skip
+        """The query and its cache key, from the request and the user's state: a given one, or as it is now."""
+        if request.history is not None:
             now = self.now()
             for place, event in enumerate(request.history):
                 _not_ahead(event.timestamp, now, f"history.{place}.timestamp")
             state = _given(held.folder, request)
+        elif state is None:
+            state = self._opened().store.get([request.user_id], held.folder)[request.user_id]
         try:
             query = self._query(held.bundle, request, state, request_id)
         except FilterError as error:

@@ -15,6 +15,7 @@ class StoreSettings(Section):
     kind: Literal["sqlite", "redis"] = "sqlite"
     path: str | None = None  # of the SQLite file; default <home>/online.sqlite
     url: str | None = None  # of Redis, e.g. redis://host:6379/0
+    read_timeout_s: Annotated[float, Field(gt=0, le=60)] = 0.5  # how long Redis may take over a user's state
 
     @model_validator(mode="after")
     def _url_where_needed(self) -> Self:

@@ -30,7 +30,7 @@ def open_store(settings: ServeSettings, folder: Folder) -> OnlineStore:
         from maple.features.store_redis import RedisStore
 
         assert settings.store.url is not None, "the settings have checked it"
-        return RedisStore(settings.store.url, folder)
+        return RedisStore(settings.store.url, folder, read_timeout=settings.store.read_timeout_s)
     return SqliteStore(store_path(settings), folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -41,6 +42,14 @@ class RedisServer:
         """SIGKILL: nothing is flushed."""
         self._process.kill()
         self._process.wait()
+
+    def hang(self) -> None:
+        """SIGSTOP: connections stay, nothing answers."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         self._process.terminate()
