@@ -38,7 +38,7 @@ from maple.data.layers import (
     REPORT_FILE,
     USERS_FILE,
     joined,
-    upsert,
+    left_file,
     write_table,
 )  # fmt: skip
 from maple.data.page import page
@@ -360,8 +360,8 @@ def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]
     folder, parent = todo.folder, todo.parent
     everything = etl.merge_facts([*([] if parent is None else parent.stack.facts()), *([] if facts is None else [facts])])
     items = etl.item_table(everything, todo.source.items_from_events, _catalogue(parent, sides))
-    parts = [
-        (ITEMS_FILE, items if parent is None else changed(parent.items(), items, ("item_id",))[0]),
+    parts: list[tuple[str, pa.Table | None]] = [
+        *(_news(ITEMS_FILE, "item_id", None if parent is None else parent.items(), items)),
         (FACTS_FILE, facts),
     ]
     parts += _side_news(parent, sides)
@@ -381,21 +381,29 @@ def _tables(todo: Plan, facts: pa.Table | None, sides: Sides) -> list[FileEntry]
 
 
 def _catalogue(parent: Snapshot | None, sides: Sides) -> pa.Table | None:
-    """The catalogue as the source gives it, with the parent's rows that it lacks now."""
-    before = None if parent is None else parent.stack.newest(CATALOGUE_FILE, "item_id")
-    now = None if sides.items is None else sides.items.clean
-    found = [table for table in (before, now) if table is not None]
-    return upsert(found, "item_id") if found else None
+    """The catalogue as the source gives it; the parent's where that has none."""
+    if sides.items is not None:
+        return sides.items.clean
+    return None if parent is None else parent.stack.newest(CATALOGUE_FILE, "item_id")
 
 
 def _side_news(parent: Snapshot | None, sides: Sides) -> list[tuple[str, pa.Table]]:
-    """The catalogue and the users as they are written: whole, or over a parent the rows that are new or different."""
-    out = []
-    for name, key, side in ((CATALOGUE_FILE, "item_id", sides.items), (USERS_FILE, "user_id", sides.users)):
-        if side is not None:
-            before = None if parent is None else parent.stack.newest(name, key)
-            out.append((name, side.clean if before is None else changed(before, side.clean, (key,))[0]))
+    """The catalogue and the users as they are written: whole, or over a parent what is different."""
+    out: list[tuple[str, pa.Table]] = []
+    if sides.items is not None:
+        before = None if parent is None else parent.stack.newest(CATALOGUE_FILE, "item_id")
+        out += _news(CATALOGUE_FILE, "item_id", before, sides.items.clean)
+    if sides.users is not None:
+        out += _news(USERS_FILE, "user_id", None if parent is None else parent.users(), sides.users.clean)
     return out
+
+
+def _news(name: str, key: str, before: pa.Table | None, now: pa.Table) -> list[tuple[str, pa.Table]]:
+    """A table as it is written: whole, or over what was there the rows that are new or different, and the keys of those that left."""
+    if before is None:
+        return [(name, now)]
+    gone = before.filter(pc.invert(pc.is_in(before[key], value_set=now[key].combine_chunks()))).select([key])
+    return [(name, changed(before, now, (key,))[0]), *([(left_file(name), gone)] if gone.num_rows else [])]
 
 
 def _check_same(parent: Snapshot, source: SourceConfig) -> None:

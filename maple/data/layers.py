@@ -49,6 +49,11 @@ def part_file(kind: Kind, bucket: int) -> str:
     return f"{kind}/bucket={bucket:05d}/part.{'arrow' if kind == 'index' else 'parquet'}"
 
 
+def left_file(name: str) -> str:
+    """Where a layer keeps the keys of rows of a table in the layers below that are no longer in it: an item that left the catalogue."""
+    return f"left/{name}"
+
+
 def packed_file(kind: Kind) -> str:
     """Where a small layer keeps all buckets in one file: a row group each, in the order that the metadata ``buckets`` says."""
     return f"{kind}/packed.{'arrow' if kind == 'index' else 'parquet'}"
@@ -186,9 +191,19 @@ class Stack:
         return out
 
     def newest(self, name: str, key: str) -> pa.Table | None:
-        """A table of every layer that has it, rows of later layers in place of those with the same key, by key; None without one."""
-        parts = [layer.table(name) for layer in self.layers if layer.has(name)]
-        return upsert(parts, key) if parts else None
+        """A table of every layer that has it, by key; None without one.
+
+        Rows of later layers are in place of those with the same key, and without those that left (see ``left_file``).
+        """
+        parts: list[pa.Table] = []
+        gone: list[pa.Array] = []
+        for layer in reversed(self.layers):
+            if layer.has(name):
+                part = layer.table(name)
+                parts.append(part.filter(pc.invert(pc.is_in(part[key], value_set=pa.chunked_array(gone, pa.string()).combine_chunks()))))
+            if layer.has(left_file(name)):
+                gone += layer.table(left_file(name))[key].chunks
+        return upsert(parts[::-1], key) if parts else None
 
     def last(self, name: str) -> pa.Table | None:
         """A table of the uppermost layer that has it."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 from maple.artifacts import Manifest, Place, latest, open_manifest, read_file
 from maple.data.dataset import Dataset
 from maple.data.identity import Stitching
-from maple.data.layers import IDENTITIES_FILE, ITEMS_FILE, KIND, REPORT_FILE, USERS_FILE, Layer, Stack, joined
+from maple.data.layers import IDENTITIES_FILE, ITEMS_FILE, KIND, REPORT_FILE, USERS_FILE, Layer, Stack, joined, left_file
 from maple.data.report import TableReport, ValidationReport
 from maple.data.tombstones import NONE, Tombstones
 from maple.errors import ArtifactError, unknown_name
@@ -161,9 +161,10 @@ class Snapshot:
             for part in (self.stack.events(bucket), self.stack.quarantine(bucket)):
                 if part is not None and self.tombstones.keep(part) != part:
                     return True
-        users = self.stack.newest(USERS_FILE, "user_id")
+        named = (USERS_FILE, left_file(USERS_FILE), "quarantine/users.parquet")
+        tables = [layer.table(name) for layer in self.stack.layers for name in named if layer.has(name)]
         edges = self.stack.last(IDENTITIES_FILE)
-        gone = [] if users is None else [self.tombstones.covers(users["user_id"])]
+        gone = [self.tombstones.covers(table["user_id"]) for table in tables]
         gone += [] if edges is None else [self.tombstones.covers(edges[name]) for name in edges.column_names]
         return any(bool(each.any()) for each in gone)
 

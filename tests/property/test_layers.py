@@ -85,10 +85,11 @@ def write(folder: Path, number: int, rows: Sequence[Row]) -> None:
 
 
 def sides(folder: Path, edges: Sequence[tuple[str, str]], step: int = 9) -> None:
-    """The item table has a row more with every step, and a price that changes; later ones are the last word."""
-    items = "".join(f"{item},brand {item},{'' if item == 'b' else 3}\n" for item in "abc"[: 1 + step])
+    """The item table has a row more with every step, and rows that leave after the first, one of them an item with events."""
+    listed = ["c", "x", "a"] if step == 0 else list("abc"[: 1 + step])
+    items = "".join(f"{item},brand {item},{'' if item == 'b' else 3}\n" for item in listed)
     (folder / "items.csv").write_text("id,brand,price\n" + items)
-    (folder / "users.csv").write_text("id,country\n" + "".join(f"{user},NL\n" for user in "uvw"[: 1 + step]))
+    (folder / "users.csv").write_text("id,country\n" + "".join(f"{user},NL\n" for user in ("uy" if step == 0 else "uvw"[: 1 + step])))
     (folder / "identities.csv").write_text("device,user\n" + "".join(f"{device},{user}\n" for device, user in edges))
 
 

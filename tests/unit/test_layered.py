@@ -388,3 +388,39 @@ def test_a_grown_file_sets_nothing_aside_twice(shop: Path, compacted: bool) -> N
     write(shop, "e1.csv", [*lines(400, 405), *bad[:3], "b1,,i2,2024-01-01,1", *lines(410, 420)])  # other content in a row that was bad
     (row,) = [row for row in grow(shop).quarantine().to_pylist() if row["item_id"] == "i2"]
     assert row["reason"] == "required:user_id"
+
+
+def test_items_and_users_that_leave_their_tables_leave_the_snapshot(tmp_path: Path) -> None:
+    def tables(items: str, users: str) -> None:
+        (tmp_path / "items.csv").write_text("id,title\n" + "".join(f"{item},title {item}\n" for item in items.split()))
+        (tmp_path / "users.csv").write_text("id,country\n" + "".join(f"{user},NL\n" for user in users.split()))
+
+    config = source(
+        items={"path": "items.csv", "columns": {"item_id": "id", "title": "title"}},
+        users={"path": "users.csv", "columns": {"user_id": "id"}, "keep": ["country"]},
+    )
+    root, home = Place.at(tmp_path), Place.at(tmp_path / "home")
+    write(tmp_path, "e0.csv", lines(0, 20))
+    tables("i1 i2 x1 x2", "u1 v1 v2")
+    ingest_local(config, root, home, now=NOW)
+    for items, users in (("i1 x2", "u1 v2"), ("i1 x1 x2", "u1 v1")):  # i2, which has events, and x1 leave; x1 comes back
+        tables(items, users)
+        child = append_local(config, root, home, now=NOW)  # no new events, but news all the same
+        whole = ingest_local(config, root, Place.at(tmp_path / f"whole-{len(items)}"), now=NOW)
+        assert child.items().to_pylist() == whole.items().to_pylist()
+        assert child.users() == whole.users()
+        assert append_local(config, root, home, now=NOW).name == child.name
+    assert child.manifest.files["items.parquet"].rows == 1
+    assert "left/items.parquet" not in child.manifest.files
+    tables("i1", "u1")
+    last = append_local(config, root, home, now=NOW)
+    assert last.manifest.files["left/items.parquet"].rows == 2
+    assert compact(home).items().to_pylist() == last.items().to_pylist()
+    tables("i1", "u1 w1")
+    append_local(config, root, home, now=NOW)
+    tables("i1", "u1")
+    append_local(config, root, home, now=NOW)
+    Tombstones.add(home, "w1")  # nobody who can be seen, but still in a layer below and among those who left
+    assert Snapshot.open(home).holds_deleted()
+    purge(home, grace_s=0)
+    assert _mentions(tmp_path / "home", "w1") == []
