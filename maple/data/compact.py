@@ -22,6 +22,7 @@ from maple.artifacts import FileEntry, Place, latest, read_file, seal, write_fil
 from maple.data import etl
 from maple.data.drafts import draft, lead, new_folder, pointing, sweep, tidy
 from maple.data.history import known_files, reconsidered
+from maple.data.ingest import few
 from maple.data.layers import (
     CATALOGUE_FILE,
     FACTS_FILE,
@@ -31,6 +32,7 @@ from maple.data.layers import (
     PAGE_FILE,
     REPORT_FILE,
     USERS_FILE,
+    joined,
     write_index,
     write_part,
     write_table,
@@ -86,7 +88,7 @@ def _rewritten(snapshot: Snapshot, folder: Place, buckets: int) -> tuple[dict[st
     """Write everything of a snapshot into a folder; the meta of its manifest and the files."""
     stack, source = snapshot.stack, SourceConfig.parse(snapshot.manifest.meta["source"], f"{snapshot.folder.uri}/manifest.json")
     entries: list[FileEntry] = []
-    events = TableReport()
+    events, examples = TableReport(), None
     for bucket in range(snapshot.num_buckets):
         clean, aside = snapshot.bucket(bucket), stack.quarantine(bucket)
         values = stack.gross(bucket)
@@ -98,6 +100,7 @@ def _rewritten(snapshot: Snapshot, folder: Place, buckets: int) -> tuple[dict[st
             late = None if aside is None else aside.filter(pa.array(to_aside == part))
             made, report = _part(folder, part, rows, late, values, source)
             entries += made
+            examples = examples if late is None or late.num_rows == 0 else few(late if examples is None else joined([examples, late]))
             events = TableReport.merge([events, report])
     facts = stack.facts()
     users, edges = snapshot.users(), snapshot.identities()
@@ -106,18 +109,25 @@ def _rewritten(snapshot: Snapshot, folder: Place, buckets: int) -> tuple[dict[st
         CATALOGUE_FILE: stack.newest(CATALOGUE_FILE, "item_id"),
     }  # fmt: skip
     for kind in ("items", "users"):
-        table = stack.last(f"quarantine/{kind}.parquet")
-        tables[f"quarantine/{kind}.parquet"] = None if table is None else snapshot.tombstones.keep(table)
+        name = f"quarantine/{kind}.parquet"
+        layers = [layer.table(name) for layer in stack.layers if layer.has(name)]
+        tables[name] = snapshot.tombstones.keep(_each_once(joined(layers))) if layers else None
     entries += [write_table(folder, name, table) for name, table in tables.items() if table is not None]
     whole = _report(snapshot.whole_report(), events)
     entries.append(write_file(folder, REPORT_FILE, json.dumps(whole.plain()).encode()))
-    entries.append(write_file(folder, PAGE_FILE, page(whole, None)))
+    entries.append(write_file(folder, PAGE_FILE, page(whole, None, examples)))
     kept = ("source", "rows_per_bucket", "targets", "signals")
     meta = {name: snapshot.manifest.meta[name] for name in kept}
     meta |= {"num_buckets": buckets, "files": known_files(snapshot), "content": snapshot.digest, "compacts": snapshot.name}
     if snapshot.tombstones:
         meta["tombstones"] = snapshot.tombstones.digest
     return meta, entries
+
+
+def _each_once(rows: pa.Table) -> pa.Table:
+    """Rows set aside, each once: every append reads the tables beside the events again."""
+    places = {json.dumps(row, default=str, sort_keys=True): place for place, row in reversed(list(enumerate(rows.to_pylist())))}
+    return rows.take(pa.array(sorted(places.values()), pa.int64()))
 
 
 def _part(

@@ -458,12 +458,13 @@ def _examples(todo: Plan, entries: Iterable[FileEntry]) -> pa.Table:
     found: pa.Table | None = None
     for entry in entries:
         if entry.name.startswith("quarantine/"):
-            table = _few(pq.read_table(pa.BufferReader((todo.folder / entry.name).read())))
-            found = table if found is None else _few(joined([found, table]))
+            table = few(pq.read_table(pa.BufferReader((todo.folder / entry.name).read())))
+            found = table if found is None else few(joined([found, table]))
     return pa.table({"reason": pa.array([], pa.string())}) if found is None else found
 
 
-def _few(table: pa.Table) -> pa.Table:
+def few(table: pa.Table) -> pa.Table:
+    """The first rows of every reason, by file and row."""
     table = table.sort_by([(name, "ascending") for name in ("reason", "file", "row")])
     reason = np.asarray(table["reason"].combine_chunks().dictionary_encode().indices)
     starts = np.flatnonzero(np.diff(reason, prepend=-1))

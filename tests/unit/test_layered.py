@@ -424,3 +424,16 @@ def test_items_and_users_that_leave_their_tables_leave_the_snapshot(tmp_path: Pa
     assert Snapshot.open(home).holds_deleted()
     purge(home, grace_s=0)
     assert _mentions(tmp_path / "home", "w1") == []
+
+
+def test_compaction_keeps_the_rows_set_aside_of_all_layers_and_shows_some(tmp_path: Path) -> None:
+    config = source(items={"path": "items.csv", "columns": {"item_id": "id", "title": "title"}})
+    root, home = Place.at(tmp_path), Place.at(tmp_path / "home")
+    for number, wrong in enumerate((",first\n", ",first\n,second\n", ",third\n")):
+        (tmp_path / "items.csv").write_text("id,title\ni1,one\ni2,two\n" + wrong)
+        write(tmp_path, f"e{number}.csv", [*lines(10 * number, 10 * number + 10), f"b{number},u1,gadget,never,1"])
+        (append_local if number else ingest_local)(config, root, home, now=NOW)
+    base = compact(home)
+    table = base.stack.top.table("quarantine/items.parquet")
+    assert table["title"].to_pylist() == ["first", "second", "third"]
+    assert "gadget" in (base.folder / "report.html").read().decode()
