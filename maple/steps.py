@@ -6,6 +6,7 @@ latest snapshot, features, tuning and run. Nothing is visible before it is finis
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from maple import learn, operate
-from maple.artifacts import Place, check_writable
+from maple.artifacts import Place, check_writable, latest
 from maple.cluster_ray import connect
 from maple.config import maple_home
 from maple.data.compact import compact, due
@@ -44,8 +45,11 @@ def ingest(config: RunConfig, say: Say) -> StepResult:
             say(source.about)
         check_writable(home)
     if config.ingest.append and snapshot_names(home):
+        before = latest(home, "snapshot")
         snapshot = appended(source, root, home, _on_ray, say=say)  # Ray is only started for a batch that needs it
         _compact(home, snapshot, config.ingest.compact, say)
+        if snapshot.name == before:
+            return StepResult("nothing new", facts={"snapshot": snapshot.name, "digest": snapshot.digest})
     else:
         connect(say)
         from maple.data.ingest_ray import ingest as ingest_ray  # Ray reads its flags on import: only after connecting
@@ -75,7 +79,12 @@ def _compact(home: Place, snapshot: Snapshot, when: str, say: Say) -> None:
         say(f"compacting: {why}")
         compact(home, say=say)
         return
-    log = (home.local or Path(tempfile.gettempdir())) / "compact.log"
+    if home.local is None:
+        handle, name = tempfile.mkstemp(prefix="maple-compact-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+    else:
+        log = home.local / "compact.log"
     say(f"compacting in the background: {why}; its log is {log}")
     command = [sys.executable, "-c", "from maple.cli import main; main()", "--home", home.uri, "snapshots", "compact"]
     with open(log, "ab") as out:

@@ -25,7 +25,7 @@ def list_() -> None:
 
     rows = [
         [f"{'* ' if one.latest else ''}{one.name}", one.created, one.source, f"{one.events:,}", f"{one.bytes:,}", str(one.layers),
-         one.parent or ""]
+         f"cannot be read: {one.unreadable}" if one.unreadable else one.parent or ""]
         for one in versions(Place.at(maple_home()))
     ]  # fmt: skip
     show_table("Snapshots", ["name", "created (UTC)", "source", "events", "own bytes", "layers", "lies over"], rows, "* the latest")

@@ -59,11 +59,14 @@ def sweep(home: Place) -> list[str]:
 
 
 def tidy(folder: Place, names: Iterable[str]) -> None:
-    """Remove every file of a draft but the named ones: what killed tasks left, and intermediate files."""
+    """Remove every file of a draft but the named ones, and folders without any: what killed tasks left, and intermediate files."""
     keep = {(folder / name).path for name in (*names, MAKER)}
     for info in folder.fs.get_file_info(pafs.FileSelector(folder.path, recursive=True)):
         if info.type == pafs.FileType.File and info.path not in keep:
             folder.fs.delete_file(info.path)
+    for info in folder.fs.get_file_info(pafs.FileSelector(folder.path)):
+        if info.type == pafs.FileType.Directory and not any(path.startswith(info.path + "/") for path in keep):
+            folder.fs.delete_dir(info.path)
 
 
 def is_dead(folder: Place) -> bool:

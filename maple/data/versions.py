@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maple.artifacts import Place, latest
+from maple.artifacts import MANIFEST, Place, latest
 from maple.data.history import changed, row_keys
 from maple.data.layers import joined
 from maple.data.snapshot import Snapshot, names
@@ -18,7 +18,7 @@ from maple.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Version:
-    """One snapshot in a list. ``bytes`` are of its own files; ``events`` of all its layers."""
+    """One snapshot in a list. ``bytes`` are of its own files; ``events`` of all its layers; ``unreadable``: why not, if so."""
 
     name: str
     parent: str | None
@@ -28,22 +28,27 @@ class Version:
     bytes: int
     layers: int
     latest: bool
+    unreadable: str = ""
 
 
 def versions(home: Place) -> list[Version]:
     """The finished snapshots of a home, oldest first."""
     out = []
+    newest = latest(home, "snapshot") if (home / "snapshots/latest.json").exists() else ""
     for name in names(home):
-        try:
-            snapshot = Snapshot.open(home, name)
-        except ArtifactError:
-            continue  # half-made, or without its parent
         stamp = name.split("-")[0]
         created = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]} {stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
+        last = newest == name
+        try:
+            snapshot = Snapshot.open(home, name)
+            events = snapshot.num_events
+        except ArtifactError as error:
+            if (home / "snapshots" / name / MANIFEST).exists():  # else half-made
+                out.append(Version(name, None, created, "", 0, 0, 0, last, str(error)))
+            continue
         source = str(snapshot.manifest.meta["source"]["name"])
         sizes = snapshot.stack.num_bytes
-        last = latest(home, "snapshot") == name
-        out.append(Version(name, snapshot.parent, created, source, snapshot.num_events, sizes[-1], len(sizes), last))
+        out.append(Version(name, snapshot.parent, created, source, events, sizes[-1], len(sizes), last))
     return out
 
 

@@ -437,3 +437,22 @@ def test_compaction_keeps_the_rows_set_aside_of_all_layers_and_shows_some(tmp_pa
     table = base.stack.top.table("quarantine/items.parquet")
     assert table["title"].to_pylist() == ["first", "second", "third"]
     assert "gadget" in (base.folder / "report.html").read().decode()
+
+
+def test_a_snapshot_that_cannot_be_read_is_listed_with_the_reason_and_no_empty_folder_stays(shop: Path) -> None:
+    home = Place.at(shop / "home")
+    base = Snapshot.open(home)
+    assert not (base.folder / "scratch").exists()
+    write(shop, "e1.csv", lines(400, 405))
+    child = grow(shop)
+    (base.folder / "manifest.json").write(b"torn")
+    found = {one.name: one.unreadable for one in versions(home)}
+    assert set(found) == {base.name, child.name}
+    assert all("cannot be read" in why for why in found.values())
+
+
+def test_an_id_that_came_deleted_stays_deleted_whoever_it_is_stitched_to(tmp_path: Path) -> None:
+    home = Place.at(tmp_path)
+    stones = Tombstones.add(home, "d1")
+    table = pa.table({"user_id": ["ann", "ann", "bob"], "source_user_id": ["d1", "ann", "bob"]})
+    assert stones.keep(table)["source_user_id"].to_pylist() == ["ann", "bob"]
