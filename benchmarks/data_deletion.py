@@ -109,7 +109,7 @@ def _cells(table: pa.Table) -> Iterator[bytes]:
 def _unpacked(raw: bytes) -> Iterator[bytes]:
     try:
         yield str(msgpack.unpackb(raw, strict_map_key=False)).encode()
-    except (ValueError, msgpack.exceptions.UnpackException):
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException):  # not msgpack at all
         return
 
 
