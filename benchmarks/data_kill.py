@@ -68,20 +68,28 @@ def run(scratch: Path, kills: int = 10, users: int = 2_500) -> list[dict[str, An
 
 
 def kill_drivers(shop: Path, scratch: Path, kills: int) -> Killed:
-    """Kill the driver at random moments of its run, always in one home; then let it finish there."""
+    """Kill the driver at random moments of its run, one after the other in one home; then let it finish there.
+
+    A driver that is through before its moment does not count: its home is finished, and the next kill starts another one.
+    """
     clean, seconds = _clean(shop, scratch)
-    home = scratch / "killed"
-    moments = rng(1, "kill").uniform(0.25, 1.0, kills) * seconds
-    partial = done = 0
-    for moment in moments.tolist():
-        driver = _driver(shop, home)
+    draw = rng(1, "kill")
+    partial = done = homes = 0
+    home = scratch / "killed-0"
+    for _ in range(4 * kills):
+        if done == kills:
+            break
+        driver, started = _driver(shop, home), time.monotonic()
         try:
-            driver.wait(moment)
+            driver.wait(float(draw.uniform(0.15, 1.0)) * seconds)
+            seconds, homes = min(seconds, time.monotonic() - started), homes + 1
+            partial += _partial(home, clean)
+            home = scratch / f"killed-{homes}"
         except subprocess.TimeoutExpired:
             driver.send_signal(signal.SIGKILL)
             driver.wait()
             done += 1
-        partial += _partial(home, clean)
+            partial += _partial(home, clean)
     assert _driver(shop, home).wait() == 0, "the re-run finishes"
     found = _digests(home)
     left = sum(not (home / "snapshots" / name / MANIFEST).exists() for name in names(Place.at(home)))
