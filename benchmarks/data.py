@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,13 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part (may be repeated); default: all")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for large files; default: a temporary one")
     args = parser.parse_args()
-    for part in args.only or PARTS:
+    parts = args.only or PARTS
+    if len(parts) > 1:  # a process has one cluster in its life, so each part has a process of its own
+        scratch = [] if args.scratch is None else ["--scratch", str(args.scratch)]
+        for part in parts:
+            subprocess.run([sys.executable, __file__, "--only", part, *scratch], check=True)
+        return
+    for part in parts:
         module = importlib.import_module(f"data_{part}")
         with tempfile.TemporaryDirectory(prefix="maple-bench-", dir=args.scratch) as folder:
             rows = module.run(Path(folder))

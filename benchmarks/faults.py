@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,9 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, action="append", help="the number of one fault (may be repeated); default: all")
     args = parser.parse_args()
-    for number, fault in faults().items():
-        if args.only and number not in args.only:
-            continue
+    known = faults()
+    chosen = args.only or list(known)
+    if len(chosen) > 1:  # a process has one cluster in its life, so each fault has a process of its own
+        for number in chosen:
+            subprocess.run([sys.executable, __file__, "--only", str(number)], check=True)
+        return
+    for number in chosen:
+        fault = known[number]
         with tempfile.TemporaryDirectory(prefix="maple-fault-") as folder:
             outcome = fault(Path(folder))
         command = f"python benchmarks/faults.py --only {number}"
