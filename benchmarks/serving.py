@@ -84,7 +84,7 @@ def simulated(home: Path) -> str:
 def users_of(home: Path, limit: int = 5000) -> list[str]:
     """Users with a history, in a fixed order that has nothing to do with how much they bought."""
     connection = sqlite3.connect(f"file:{home / 'online.sqlite'}?mode=ro", uri=True)
-    found = [str(user) for (user,) in connection.execute("SELECT user_id FROM users ORDER BY user_id LIMIT ?", (limit,))]
+    found = [str(user) for (user,) in connection.execute("SELECT DISTINCT user_id FROM events ORDER BY user_id LIMIT ?", (limit,))]
     connection.close()
     if not found:
         raise SystemExit(f"{home / 'online.sqlite'} has no users; run `maple demo` first, or leave --home out")
