@@ -20,7 +20,7 @@ demo: $(STAMP)  ## The whole loop on a simulated shop, or on real data: make dem
 test: unit $(STAMP)  ## All tests
 	$(BIN)/python -m pytest tests/integration tests/browser $(ARGS)
 
-unit: $(STAMP)  ## The tests that start no Ray, in about a minute
+unit: $(STAMP)  ## The tests that start no Ray, in about two minutes
 	$(BIN)/python -m pytest -n 2 --ignore=tests/integration --ignore=tests/browser $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
